@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxformer.data.base import IndexedData, prefetch
+from jaxformer.data.base import IndexedData, Transform, prefetch
 from jaxformer.data.sources.image import ImageFolder, digits
 from jaxformer.data.sources.text import PYTHON_STDLIB, Windows, load_corpus
 from jaxformer.data.transforms import RandomCrop, RandomFlip
@@ -61,7 +61,7 @@ def _loaders(
     mapped = load_corpus(PYTHON_STDLIB, cache=folder / "tokens").train
     yield "text, in memory", IndexedData(Windows(memory, length), batch_size), length
     yield "text, memory-mapped", IndexedData(Windows(mapped, length), batch_size), length
-    crop = [RandomCrop(8, padding=1), RandomFlip()]
+    crop: list[Transform] = [RandomCrop(8, padding=1), RandomFlip()]
     yield "digits, cropped and flipped", IndexedData(digits("train"), batch_size, 0, crop), 0
     _write_photos(folder / "images" / "class", batch_size, size=2 * image_size)
     images = ImageFolder(folder / "images", image_size)

@@ -8,7 +8,7 @@ import hashlib
 import os
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -107,7 +107,10 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """The tokenizer named by `spec`: "bytes", a tokenizer.json or a SentencePiece .model file."""
     if spec == "bytes":
         return Bytes()
-    readers = {".json": HuggingFaceTokenizer, ".model": SentencePieceTokenizer}
+    readers: dict[str, Callable[[Path], Tokenizer]] = {
+        ".json": HuggingFaceTokenizer,
+        ".model": SentencePieceTokenizer,
+    }
     path = Path(spec).expanduser()
     if path.suffix not in readers or not path.is_file():
         raise ConfigError(
@@ -216,7 +219,7 @@ def _find(text: str | Sequence[str]) -> list[Path]:
         return sorted(
             files, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest()
         )
-    files = set()
+    matched: set[Path] = set()
     for pattern in [text] if isinstance(text, str) else text:
         found = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True)]
         found = [p for p in found if p.is_file()]
@@ -225,8 +228,8 @@ def _find(text: str | Sequence[str]) -> list[Path]:
                 f"data.text: no file matches {pattern!r}; give globs of text files or "
                 f"{PYTHON_STDLIB!r}"
             )
-        files.update(found)
-    return sorted(files)
+        matched.update(found)
+    return sorted(matched)
 
 
 def _walk(root: Path) -> Iterator[Path]:
