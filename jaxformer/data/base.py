@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ Transform = Callable[[Example, np.random.Generator], Example]
 
 __all__ = [
     "Arrays",
+    "Deferred",
     "DeviceData",
     "Epoch",
     "Example",
@@ -99,6 +100,9 @@ class IndexedData:
         first = step * self.batch_size
         return _stack([self._stream[first + row] for row in range(self.batch_size)[rows]])
 
+    def spec(self) -> Batch:
+        return _spec(self.batch(0, slice(0, 1)), self.batch_size)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Epoch:
@@ -139,6 +143,49 @@ class Epoch:
         weight = np.asarray(batch.get("weight", 1.0), np.float32) * valid
         return {**batch, "weight": weight.astype(np.float32)}
 
+    def spec(self) -> Batch:
+        return _spec(self.batch(0, slice(0, 1)), self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+    """Data made when its first batch is asked for, with rows known beforehand.
+
+    Whatever reads files is wrapped in one, so that a recipe can be built, shown and lowered where
+    the files are not. `row` is {name: (shape, dtype)} of one example.
+    """
+
+    make: Callable[[], Data]
+    batch_size: int
+    row: Mapping[str, tuple[tuple[int, ...], Any]]
+
+    def __post_init__(self) -> None:
+        _check_batch_size(self.batch_size)
+
+    @functools.cached_property
+    def _data(self) -> Any:
+        return self.make()
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        batch = self._data.batch(step, rows)
+        for name, (shape, dtype) in self.row.items():
+            found = batch[name]
+            if found.shape[1:] != shape or found.dtype != dtype:
+                raise ConfigError(
+                    f"data: {name!r} is {found.dtype}{found.shape[1:]} in the files, the config "
+                    f"says {np.dtype(dtype).name}{shape}; change the config or the files"
+                )
+        return batch
+
+    def spec(self) -> Batch:
+        return {
+            name: jax.ShapeDtypeStruct((self.batch_size, *shape), dtype)
+            for name, (shape, dtype) in self.row.items()
+        }
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FixedData:
@@ -153,6 +200,9 @@ class FixedData:
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
         del step
         return {name: array[rows] for name, array in self.arrays.items()}
+
+    def spec(self) -> Batch:
+        return _spec(self.arrays, self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +232,9 @@ class DeviceData:
             "row": row,
         }
 
+    def spec(self) -> Batch:
+        return _spec(self.batch(0, slice(0, 1)), self.batch_size)
+
     def draw(self, batch: Batch) -> Batch:
         step_key = jax.random.fold_in(jax.random.key(batch["seed"][0]), batch["step"][0])
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.asarray(batch["row"]))
@@ -195,7 +248,7 @@ def prefetch(
     *,
     depth: int = 2,
     stop: int | None = None,
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch]]:
     """Yield (step, batch) for start_step, start_step + 1, ..., up to `stop`, read ahead in threads.
 
     `depth` batches are read at once, each by its own thread: steps need no order, so there is no
@@ -226,6 +279,14 @@ def _transformed(stream: grain.MapDataset, transforms: Sequence[Transform]) -> g
     for transform in transforms:
         stream = stream.random_map(transform)
     return stream
+
+
+def _spec(batch: Batch, batch_size: int) -> Batch:
+    """The shapes of a batch of `batch_size` rows, from any of its rows."""
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape[1:]), array.dtype)
+        for name, array in batch.items()
+    }
 
 
 def _stack(examples: Sequence[Example]) -> Batch:
