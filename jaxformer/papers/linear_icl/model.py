@@ -61,7 +61,7 @@ def gamma(Lambda: Array, N: int) -> Array:
     return (1 + 1 / N) * Lambda + jnp.trace(Lambda) / N * jnp.eye(len(Lambda), dtype=Lambda.dtype)
 
 
-def initial_parameters(Theta: Array, sigma: float, Lambda: Array, N: int) -> Params:
+def initial_parameters(Theta: Array, sigma: float, Lambda: Array | np.ndarray, N: int) -> Params:
     """W^KQ = sigma diag(Theta Theta^T, 0), W^PV = sigma diag(0, 1), for ||Theta Theta^T||_F = 1.
 
     Lambda is a known array; Theta may be traced, and is then not checked. Warns when
