@@ -17,13 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxformer.errors import ConfigError as ConfigError
+
 Params = Any  # nested dict of arrays
 Extra = Any  # nested dict of non-trained variables: "ema", "batch_stats", "masks", "observers", ...
 Batch = Mapping[str, Any]  # arrays with a leading global-batch axis
-
-
-class ConfigError(ValueError):
-    """Wrong input from the user: one line that names the field, the value and the remedy."""
 
 
 class Metric(Protocol):

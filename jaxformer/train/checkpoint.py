@@ -161,6 +161,23 @@ class Checkpoints:
                 )
 
 
+def saved_steps(workdir: str | Path) -> list[int]:
+    """The checkpoints of a run.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not (Path(workdir) / "checkpoints").is_dir():
+        raise ConfigError(
+            f"workdir: no checkpoints in {workdir}; give the --workdir of a training run"
+        )
+    with Checkpoints(workdir) as checkpoints:
+        steps = checkpoints.steps()
+    if not steps:
+        raise ConfigError(f"workdir: {workdir} has no complete checkpoint yet")
+    return steps
+
+
 def start_from(source: InitFrom, state: TrainState) -> TrainState:
     """`state` with the parameters of another run, mapped by `source.mapping`.
 

@@ -25,7 +25,7 @@ from jaxformer.recipe import (
     TrainState,
     Update,
 )
-from jaxformer.train.checkpoint import Checkpoints, start_from
+from jaxformer.train.checkpoint import Checkpoints, saved_steps, start_from
 from jaxformer.train.updates import Averages
 
 
@@ -114,17 +114,26 @@ def restore(
     Raises:
         ConfigError: no such checkpoint, or one that this recipe does not fit.
     """
+    return _restore(recipe, workdir, step, mesh)[1]
+
+
+def restore_averaged(
+    recipe: Recipe, workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = None
+) -> tuple[Phase, TrainState]:
+    """The phase of a saved step, and its state with the weights that are to be evaluated."""
+    phase, state = _restore(recipe, workdir, step, mesh)
+    return phase, averaged(phase.update, state)
+
+
+def _restore(
+    recipe: Recipe, workdir: str | Path, step: int | None, mesh: Mesh | None
+) -> tuple[Phase, TrainState]:
+    step = saved_steps(workdir)[-1] if step is None else step
     mesh = mesh or make_mesh()
-    if not (Path(workdir) / "checkpoints").is_dir():
-        raise ConfigError(
-            f"workdir: no checkpoints in {workdir}; give the --workdir of a training run"
-        )
     with Checkpoints(workdir) as checkpoints, jax.set_mesh(mesh):
-        if not checkpoints.steps():
-            raise ConfigError(f"workdir: {workdir} has no complete checkpoint yet")
-        step = checkpoints.steps()[-1] if step is None else step
         index = saved_phase(recipe, checkpoints.meta(step))
-        return checkpoints.restore(step, abstract_states(recipe, mesh)[index + 1])
+        abstract = abstract_states(recipe, mesh)[index + 1]
+        return recipe.phases[index], checkpoints.restore(step, abstract)
 
 
 def saved_phase(recipe: Recipe, meta: Mapping[str, Any]) -> int:
