@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxformer.kernels.attention.masks import FULL, PARTIAL, SKIP, TileState
+from jaxformer.kernels.attention.masks import FULL, PARTIAL, SKIP
 from jaxformer.kernels.attention.operands import Block, Sizes
 from jaxformer.kernels.attention.request import Request
 
@@ -46,7 +46,7 @@ def tiling(request: Request) -> Tiling:
     """Classify every tile of the call."""
     sizes = request.sizes
     tq, tk = request.rules.tiles or _tile_sizes(sizes)
-    tq, tk = min(tq, sizes.l), min(tk, sizes.s)
+    tq, tk = _even(sizes.l, tq), _even(sizes.s, tk)
     rows, cols = -(-sizes.l // tq), -(-sizes.s // tk)
     full: list[list[int]] = [[] for _ in range(rows)]
     partial: list[list[int]] = [[] for _ in range(rows)]
@@ -54,7 +54,7 @@ def tiling(request: Request) -> Tiling:
         q = range(i * tq, min((i + 1) * tq, sizes.l))
         for j in range(cols):
             k = range(j * tk, min((j + 1) * tk, sizes.s))
-            state = _state(request, q, k)
+            state = request.tile_state(q, k)
             if state is FULL and len(q) == tq and len(k) == tk:
                 full[i].append(j)
             elif state is not SKIP:  # a tile that reaches into the padding is PARTIAL
@@ -63,18 +63,20 @@ def tiling(request: Request) -> Tiling:
     return Tiling(padded, tq, tk, *_table(full), *_table(partial))
 
 
-def _state(request: Request, q: range, k: range) -> TileState:
-    if request.static_positions:
-        return request.mask.tile_state(q, k)
-    return request.mask.tile_state(None, None)
-
-
 def _tile_sizes(sizes: Sizes) -> tuple[int, int]:
     """(queries, keys) of a tile: large, but few enough scores in flight."""
     tq, tk = 256, 512
     while sizes.b * sizes.h * tq * tk > TILE_SCORES and tk > 64:
         tq, tk = (tq, tk // 2) if tk > tq else (tq // 2, tk)
     return tq, tk
+
+
+def _even(length: int, tile: int) -> int:
+    """Close to `tile`, in equal parts of `length`: 384 in tiles of 256 is 2 of 192, not 512."""
+    if length <= tile:
+        return length
+    part = -(-length // -(-length // tile))
+    return min(tile, -(-part // 16) * 16)
 
 
 def _table(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +100,7 @@ def visible_scores(request: Request) -> float:
     known = request.static_positions and not jax.tree.leaves(request.mask)
 
     def count(q: range, k: range) -> float:
-        state = _state(request, q, k)
+        state = request.tile_state(q, k)
         if state is not PARTIAL:
             return len(q) * len(k) if state is FULL else 0
         if max(len(q), len(k)) <= 16:
