@@ -17,13 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxformer.errors import ConfigError as ConfigError
+
 Params = Any  # nested dict of arrays
 Extra = Any  # nested dict of non-trained variables: "ema", "batch_stats", "masks", "observers", ...
 Batch = Mapping[str, Any]  # arrays with a leading global-batch axis
-
-
-class ConfigError(ValueError):
-    """Wrong input from the user: one line that names the field, the value and the remedy."""
 
 
 class Metric(Protocol):
@@ -55,7 +53,7 @@ class Mean(NamedTuple):
 
     def value(self) -> jax.Array:
         """The mean; 0 where nothing was weighed."""
-        return self.total / jnp.where(self.weight == 0, 1.0, self.weight)
+        return self.total / (self.weight + (self.weight == 0))
 
 
 Metrics = Mapping[str, Metric]
@@ -149,6 +147,19 @@ class Data(Protocol):
         """Rows of global batch `step` as numpy arrays; the same on any number of hosts."""
         ...
 
+    def spec(self) -> Batch:
+        """The whole batch as `jax.ShapeDtypeStruct`s, known without reading any file.
+
+        A run can so be shown, planned and lowered where its data is not.
+        """
+        ...
+
+
+class FiniteData(Data, Protocol):
+    """Data with an end, for evaluation: batches 0 .. len - 1."""
+
+    def __len__(self) -> int: ...
+
 
 @runtime_checkable
 class DrawsOnDevice(Protocol):
@@ -219,9 +230,10 @@ class Recipe:
     task: Task
     phases: Sequence[Phase]
     evaluators: Sequence[Evaluator] = ()
-    sharding: Sequence[tuple[str, tuple[str | None, ...]]] = ()  # (path regex, logical axes)
+    sharding: Sequence[tuple[str, str]] = ()  # (name regex, logical axes), over the library's
     init_from: InitFrom | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what it was built from
+    unit: str = "examples"  # what `LossOutput.weight` counts
 
     def __post_init__(self) -> None:
         names = [phase.name for phase in self.phases]
@@ -237,15 +249,6 @@ class Recipe:
     def steps(self) -> int:
         """Steps of all phases together."""
         return sum(phase.steps for phase in self.phases)
-
-    def phase_at(self, step: int) -> tuple[int, int]:
-        """(index of the phase that global step `step` belongs to, its first global step)."""
-        start = 0
-        for index, phase in enumerate(self.phases):
-            if step < start + phase.steps:
-                return index, start
-            start += phase.steps
-        return len(self.phases) - 1, start - self.phases[-1].steps
 
 
 @dataclasses.dataclass(frozen=True)

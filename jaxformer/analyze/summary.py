@@ -1,0 +1,93 @@
+"""What a recipe is: its phases, parameters, work and memory, as text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from jaxformer import paths
+from jaxformer.analyze.flops import count
+from jaxformer.evaluation.report import text_table
+from jaxformer.parallel.sharding import axes_of, rules_of, spec_for
+from jaxformer.recipe import Recipe
+from jaxformer.train.states import abstract_states, on_device
+
+
+def parameter_count(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _local_bytes(tree: Any) -> int:
+    """Bytes of a placed tree on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.numpy.number)
+    )
+
+
+def describe(recipe: Recipe, mesh: Mesh | AbstractMesh) -> str:
+    """Phases, parameters with their shardings, FLOPs per step and a memory estimate."""
+    states = abstract_states(recipe, mesh)
+    params = states[0].params
+    phases, work = [], []
+    for phase, state in zip(recipe.phases, states[1:], strict=True):
+        phases.append(
+            {
+                "phase": phase.name,
+                "steps": phase.steps,
+                "update": type(phase.update).__name__ if phase.update else "-",
+                "data": type(phase.data).__name__ if phase.data else "-",
+                "batch": phase.data.batch_size if phase.data else "-",
+            }
+        )
+        work.append(_work(phase, state))
+    rows = [
+        {
+            "parameter": name,
+            "shape": "x".join(map(str, leaf.shape)) or "scalar",
+            "axes": _axes(name, leaf, recipe),
+            "sharding": str(spec_for(name, leaf, mesh, rules_of(recipe))),
+        }
+        for name, leaf in paths.leaves(params).items()
+    ]
+    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    return "\n".join(
+        [
+            text_table(phases),
+            "",
+            text_table(rows),
+            "",
+            f"{parameter_count(params):,} parameters, {_bytes(params) / 2**20:.1f} MiB; "
+            f"mesh {sizes or 'one device'}",
+            "",
+            text_table(work),
+        ]
+    )
+
+
+def _axes(name: str, leaf: Any, recipe: Recipe) -> str:
+    axes = axes_of(name, leaf.ndim, rules_of(recipe))
+    if axes is None:
+        return "(no rule)"
+    contracted, produced = axes
+    return " ".join([*contracted, *(["->"] if contracted else []), *produced])
+
+
+def _work(phase: Any, state: Any) -> dict[str, Any]:
+    """FLOPs per step of a phase and its memory: state and gradients exactly, no activations."""
+    row: dict[str, Any] = {"phase": phase.name}
+    if phase.update is not None and phase.steps:
+        batch = phase.data.spec() if phase.data else {}
+        flops = count(lambda s, b: phase.update(s, on_device(phase.data, b)), state, batch)
+        row["GFLOP/step"] = flops / 1e9
+    row["state MiB/device"] = _local_bytes(state) / 2**20
+    row["gradients MiB/device"] = _local_bytes(state.params) / 2**20
+    return row

@@ -1,0 +1,46 @@
+"""From a name to a recipe, and from a paper to the verdict on its claims."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxformer.config import load_config, papers
+from jaxformer.errors import ConfigError
+from jaxformer.evaluation.claims import Lab, run_claims
+from jaxformer.recipe import Recipe
+
+
+def paper_module(paper: str) -> ModuleType:
+    """The folder of a paper, imported.
+
+    Raises:
+        ConfigError: there is no such paper.
+    """
+    if paper not in papers():
+        raise ConfigError(f"paper: {paper!r} is unknown; allowed: {', '.join(papers())}")
+    return importlib.import_module(f"jaxformer.papers.{paper}")
+
+
+def build(config: ConfigDict) -> Recipe:
+    """The recipe of a config, made by its paper."""
+    recipe = paper_module(config.paper).build(config)
+    return dataclasses.replace(recipe, config=json.loads(config.to_json()))
+
+
+def load(spec: str, **overrides: Any) -> Recipe:
+    """The recipe of "pfn", "pfn:tiny" or "configs/pfn.py:tiny"; overrides as `model__width=256`."""
+    fields = {name.replace("__", "."): value for name, value in overrides.items()}
+    return build(load_config(spec, fields))
+
+
+def reproduce(paper: str, workdir: str | Path, *, seed: int = 0, progress: bool = True) -> bool:
+    """Run a paper's claims at preset "small", write the report, return whether all hold."""
+    lab = Lab(load, paper, Path(workdir), seed, progress=progress)
+    return run_claims(paper_module(paper).CLAIMS, lab)

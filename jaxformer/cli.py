@@ -1,0 +1,262 @@
+"""The command line. Verbs import what they need, so that mistakes and lists show without jax."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxformer.config import PACKAGE, load_config, papers, presets
+from jaxformer.errors import ConfigError
+
+DEFAULT = "flowformer:small"
+STOPPED = 75  # EX_TEMPFAIL: saved and left on a signal; the same command continues
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; 0 done, 1 a claim not met or a run that failed, 2 wrong input, 75 stopped."""
+    try:
+        options, rest = _parser().parse_known_args(arguments)
+        overrides = _overrides(rest) if hasattr(options, "config") else {}
+        if rest and not hasattr(options, "config"):
+            raise ConfigError(f"{options.verb}: unknown argument {rest[0]!r}")
+        return int(options.run(options, overrides) or 0)
+    except ConfigError as error:
+        return _fail(error, 2)
+    except RuntimeError as error:
+        from jaxformer.train.fit import Interrupted, NonFiniteError
+
+        if isinstance(error, Interrupted | NonFiniteError):
+            return _fail(error, STOPPED if isinstance(error, Interrupted) else 1)
+        raise
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"jaxformer: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="jaxformer", description="Research transformers in JAX.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb", parser_class=_Parser)
+
+    def verb(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = verb("list", _list, "the papers, their configs and presets")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true")
+
+    sub = verb("train", _train, "train a config; set its fields with --config.<field>=<value>")
+    sub.add_argument("--config", default=DEFAULT, help="file or paper, with :preset")
+    sub.add_argument("--workdir", help="default: runs/<paper>-<preset>")
+    sub.add_argument("--stop-after", type=int, metavar="STEP", help="save and leave at this step")
+
+    sub = verb("show", _show, "what a config is: phases, parameters, sharding, FLOPs, memory")
+    sub.add_argument("config", help="file or paper, with :preset")
+
+    sub = verb("evaluate", _evaluate, "run a run's evaluators on its checkpoints")
+    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--steps", default="last", help="last, all, N or N:M")
+    sub.add_argument("--output", help="default: <workdir>/evaluation.json")
+
+    sub = verb("sample", _sample, "continue a prompt with a trained model")
+    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--step", type=int)
+    sub.add_argument("--prompt", action="append", help="may be given several times")
+    sub.add_argument("--length", type=int, default=200)
+    sub.add_argument("--temperature", type=float, default=0.8)
+    sub.add_argument("--top-k", type=int)
+    sub.add_argument("--top-p", type=float)
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = verb("reproduce", _reproduce, "measure the claims of a paper")
+    sub.add_argument("paper", help="a paper, or all")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--workdir", help="default: runs/reproduce/<paper>-<seed>")
+
+    sub = verb("bench", _bench, "measure this machine: ratios within one run")
+    sub.add_argument("what", choices=("loop", "attention", "data", "checkpoint"))
+    return parser
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, str]:
+    """{"model.width": "256"} of --config.model.width=256 (or with a space)."""
+    found: dict[str, str] = {}
+    items = iter(rest)
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not name.startswith("--config."):
+            raise ConfigError(
+                f"unknown argument {item!r}; fields are set by --config.<field>=<value>"
+            )
+        if not equals:
+            value = next(items, "")
+            if not value:
+                raise ConfigError(f"{name}: needs a value")
+        found[name.removeprefix("--config.")] = value
+    return found
+
+
+def _list(options: argparse.Namespace, _: Any) -> None:
+    rows = []
+    for slug in papers():
+        text = (PACKAGE / "papers" / slug / "__init__.py").read_text()
+        title = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+        rows.append({"paper": slug, "presets": list(presets(slug)), "title": title})
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    if options.markdown:
+        print("| paper | what it is | presets |\n| --- | --- | --- |")
+    for row in rows:
+        slug, names, title = row["paper"], ", ".join(row["presets"]), row["title"]
+        if options.markdown:
+            print(f"| [`{slug}`](jaxformer/papers/{slug}) | {title} | {names} |")
+        else:
+            print(f"{slug:<20} {names:<22} {title}")
+
+
+def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = load_config(options.config, overrides)
+    workdir = Path(options.workdir or f"runs/{_label(options.config)}")
+    from jaxformer.analyze.summary import parameter_count
+    from jaxformer.catalogue import build
+    from jaxformer.evaluation.report import training_report
+    from jaxformer.parallel.mesh import make_mesh
+    from jaxformer.recipe import Generates
+    from jaxformer.train.fit import FitOptions, fit
+    from jaxformer.train.states import restore_averaged
+
+    recipe = build(config)
+    mesh = make_mesh(config.mesh.to_dict())
+    settings = FitOptions(seed=config.seed, stop_after=options.stop_after, **config.fit)
+    fit(recipe, workdir=workdir, mesh=mesh, options=settings)
+    _, state = restore_averaged(recipe, workdir, mesh=mesh)
+    samples = []
+    if isinstance(recipe.task, Generates):
+        from jaxformer.sampling.autoregressive import generate
+
+        samples = generate(
+            recipe.task,
+            state.params,
+            state.extra,
+            [config.sample.prompt],
+            length=config.sample.length,
+            temperature=config.sample.temperature,
+            key=state.key,
+        )
+    count = parameter_count(state.params)
+    print(training_report(recipe, workdir, parameters=count, samples=samples))
+
+
+def _label(spec: str) -> str:
+    name, _, preset = spec.partition(":")
+    return f"{Path(name).stem}-{preset or 'small'}"
+
+
+def _show(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = load_config(options.config, overrides)
+    from jaxformer.analyze.summary import describe
+    from jaxformer.catalogue import build
+    from jaxformer.parallel.mesh import make_mesh
+
+    print(describe(build(config), make_mesh(config.mesh.to_dict())))
+
+
+def _recipe_of_run(workdir: str, step: int | None = None) -> Any:
+    """The recipe and mesh of a run, rebuilt from the config in its checkpoint."""
+    from ml_collections import ConfigDict
+
+    from jaxformer.catalogue import build
+    from jaxformer.parallel.mesh import make_mesh
+    from jaxformer.train.checkpoint import Checkpoints, saved_steps
+
+    steps = saved_steps(workdir)
+    with Checkpoints(workdir) as checkpoints:
+        config = ConfigDict(checkpoints.meta(steps[-1] if step is None else step)["config"])
+    return build(config), make_mesh(config.mesh.to_dict()), steps
+
+
+def _evaluate(options: argparse.Namespace, _: Any) -> None:
+    recipe, mesh, saved = _recipe_of_run(options.workdir)
+    from jaxformer.evaluation.evaluators import evaluate, select_steps
+    from jaxformer.evaluation.report import text_table
+
+    results = evaluate(recipe, options.workdir, steps=select_steps(saved, options.steps), mesh=mesh)
+    rows = [{"step": step, **values} for step, values in results.items()]
+    output = Path(options.output or Path(options.workdir) / "evaluation.json")
+    output.write_text(json.dumps(rows, indent=2) + "\n")
+    print(text_table(rows))
+
+
+def _sample(options: argparse.Namespace, _: Any) -> None:
+    recipe, mesh, _ = _recipe_of_run(options.workdir, options.step)
+    import jax
+
+    from jaxformer.recipe import Generates
+    from jaxformer.sampling.autoregressive import generate
+    from jaxformer.train.states import restore_averaged
+
+    if not isinstance(recipe.task, Generates):
+        raise ConfigError(
+            f"sample: {recipe.config['paper']} is no language model; it cannot generate"
+        )
+    _, state = restore_averaged(recipe, options.workdir, step=options.step, mesh=mesh)
+    prompts = options.prompt or [recipe.config["sample"]["prompt"]]
+    texts = generate(
+        recipe.task,
+        state.params,
+        state.extra,
+        prompts,
+        length=options.length,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        key=jax.random.key(options.seed),
+    )
+    for text in texts:
+        print(text)
+
+
+def _reproduce(options: argparse.Namespace, _: Any) -> int:
+    chosen = papers() if options.paper == "all" else [options.paper]
+    from jaxformer.catalogue import paper_module, reproduce
+
+    failed = []
+    for paper in chosen:
+        paper_module(paper)
+        workdir = Path(options.workdir or "runs/reproduce") / f"{paper}-{options.seed}"
+        if not reproduce(paper, workdir, seed=options.seed):
+            failed.append(paper)
+        print((workdir / "report.md").read_text().split("\n## ")[0])
+        print(f"report: {workdir / 'report.md'}")
+    if failed:
+        print(f"jaxformer: claims not met: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _bench(options: argparse.Namespace, _: Any) -> None:
+    from jaxformer.evaluation.report import text_table
+
+    if options.what == "attention":
+        from jaxformer.kernels.bench import bench_attention as bench
+    elif options.what == "data":
+        from jaxformer.data.bench import bench_data as bench
+    elif options.what == "loop":
+        from jaxformer.train.bench import bench_loop as bench
+    else:
+        from jaxformer.train.bench import bench_checkpoint as bench
+    print(text_table(bench()))

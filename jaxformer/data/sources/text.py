@@ -1,0 +1,302 @@
+"""Text as one stream of tokens, cut into windows by position."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import os
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from jaxformer.data.base import Example
+from jaxformer.recipe import ConfigError
+
+__all__ = [
+    "PYTHON_STDLIB",
+    "Bytes",
+    "Corpus",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "Windows",
+    "load_corpus",
+    "load_tokenizer",
+]
+
+PYTHON_STDLIB = "python-stdlib"
+_NOT_LIBRARY = frozenset(
+    ["site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"]
+)
+
+
+class Tokenizer(Protocol):
+    """Text to tokens and back; `end_of_text` separates documents where the vocabulary has one."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def end_of_text(self) -> int | None: ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens (n,), without any that begin or end a text."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """UTF-8 bytes as tokens 0..255, and 256 for the end of a text."""
+
+    vocab_size: int = 257
+    end_of_text: int = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(int(t) for t in tokens if t < 256).decode(errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json` of the Hugging Face `tokenizers` library."""
+
+    def __init__(self, path: str | Path) -> None:
+        import tokenizers
+
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        # The file does not say which token ends a text; these are the names in use.
+        names = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+        found = [i for i in map(self._tokenizer.token_to_id, names) if i is not None]
+        self.end_of_text = found[0] if found else None
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(t) for t in tokens])
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece `.model` file."""
+
+    def __init__(self, path: str | Path) -> None:
+        import sentencepiece
+
+        self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.vocab_size = self._tokenizer.vocab_size()
+        end = self._tokenizer.eos_id()
+        self.end_of_text = end if end >= 0 else None
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text), np.int32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(t) for t in tokens])
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer named by `spec`: "bytes", a tokenizer.json or a SentencePiece .model file."""
+    if spec == "bytes":
+        return Bytes()
+    readers: dict[str, Callable[[Path], Tokenizer]] = {
+        ".json": HuggingFaceTokenizer,
+        ".model": SentencePieceTokenizer,
+    }
+    path = Path(spec).expanduser()
+    if path.suffix not in readers or not path.is_file():
+        raise ConfigError(
+            f"data.tokenizer: {spec!r} is not a file ending in .json or .model; give 'bytes', a "
+            "Hugging Face tokenizer.json or a SentencePiece .model"
+        )
+    try:
+        return readers[path.suffix](path)
+    except Exception as error:  # both libraries raise bare Exception or RuntimeError
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"data.tokenizer: cannot read {spec!r} ({reason}); save it again or give 'bytes'"
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """Tokens (T,) of the training and of the validation text, and what made them."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def load_corpus(
+    text: str | Sequence[str],
+    tokenizer: str = "bytes",
+    *,
+    validation: float | str | Sequence[str] = 0.1,
+    cache: str | Path | None = None,
+) -> Corpus:
+    """Read, tokenize and split text.
+
+    `text` is a glob or several ("**" descends), or "python-stdlib": the sources of the running
+    Python's own library and its language reference, about 11 MB that every machine has. Files are
+    taken in sorted order, each ended by the tokenizer's end of text. `validation` is the fraction
+    held out at the tail of the stream, or globs of its own files. With `cache`, a folder, tokens
+    are written there once and memory-mapped afterwards, by every process that asks for the same.
+
+    Raises `ConfigError` for text that is missing, empty or not UTF-8.
+    """
+    if not isinstance(validation, int | float):
+        train, held_out = (_tokens(t, tokenizer, cache) for t in (text, validation))
+        return Corpus(load_tokenizer(tokenizer), train, held_out)
+    if not 0 <= validation < 1:
+        raise ConfigError(f"data.validation: {validation}; give a fraction in [0, 1) or globs")
+    tokens = _tokens(text, tokenizer, cache)
+    border = len(tokens) - round(len(tokens) * validation)
+    return Corpus(load_tokenizer(tokenizer), tokens[:border], tokens[border:])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Windows:
+    """A source of windows of `length` + 1 tokens: {"tokens": (length + 1,) int32}.
+
+    Stride 1, for training, makes every position a start; stride `length`, for evaluation, predicts
+    each token once (but for the first and a tail shorter than a window).
+    """
+
+    tokens: np.ndarray  # (T,)
+    length: int
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.stride < 1:
+            raise ConfigError(f"data.length: {self.length}, stride {self.stride}; give at least 1")
+        if len(self.tokens) <= self.length:
+            raise ConfigError(
+                f"data.length: a window of {self.length} + 1 tokens exceeds the "
+                f"{len(self.tokens)} of the text; use a shorter one or more text"
+            )
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - self.length - 1) // self.stride + 1
+
+    def __getitem__(self, index: int) -> Example:
+        start = index * self.stride
+        return {"tokens": np.asarray(self.tokens[start : start + self.length + 1], np.int32)}
+
+
+def _tokens(text: str | Sequence[str], tokenizer_spec: str, cache: str | Path | None) -> np.ndarray:
+    tokenizer = load_tokenizer(tokenizer_spec)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    files = _find(text)
+    if cache is None:
+        tokens = np.concatenate(list(_encode(_read(text, files), tokenizer, dtype)))
+    else:
+        folder = Path(cache).expanduser()
+        path = folder / f"{_fingerprint(text, files, tokenizer_spec)}.{dtype.name}"
+        if not path.exists():
+            _write(path, _encode(_read(text, files), tokenizer, dtype))
+        tokens = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+    if not len(tokens):
+        raise ConfigError(f"data.text: {text!r} is empty; give files with text")
+    return tokens
+
+
+def _find(text: str | Sequence[str]) -> list[Path]:
+    """The files of `text`, sorted; those of the standard library by a hash of their names."""
+    if text == PYTHON_STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        files = [p for p in _walk(root) if p.relative_to(root).as_posix() != "pydoc_data/topics.py"]
+        if not files:
+            raise ConfigError(f"data.text: no Python sources in {root}; give globs of text files")
+        # Shuffled, or the held-out tail would be the packages from w to z.
+        return sorted(
+            files, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest()
+        )
+    matched: set[Path] = set()
+    for pattern in [text] if isinstance(text, str) else text:
+        found = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True)]
+        found = [p for p in found if p.is_file()]
+        if not found:
+            raise ConfigError(
+                f"data.text: no file matches {pattern!r}; give globs of text files or "
+                f"{PYTHON_STDLIB!r}"
+            )
+        matched.update(found)
+    return sorted(matched)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(set(folders) - _NOT_LIBRARY)
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+
+
+def _read(text: str | Sequence[str], files: Iterable[Path]) -> Iterator[str]:
+    """Documents one by one; files of the standard library that are not UTF-8 are left out."""
+    if text == PYTHON_STDLIB:
+        import pydoc_data.topics
+
+        yield from (topic for _, topic in sorted(pydoc_data.topics.topics.items()))
+    for file in files:
+        try:
+            yield file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            if text != PYTHON_STDLIB:
+                raise ConfigError(
+                    f"data.text: {str(file)!r} is not UTF-8 (byte {error.start}); convert it, "
+                    "or leave it out of the globs"
+                ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"data.text: cannot read {str(file)!r} ({error.strerror}); check its permissions"
+            ) from error
+
+
+def _encode(
+    documents: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    yield np.zeros(0, dtype)
+    for document in documents:
+        if document:
+            yield tokenizer.encode(document).astype(dtype)
+            yield np.asarray(end, dtype)
+
+
+def _fingerprint(text: str | Sequence[str], files: Iterable[Path], tokenizer_spec: str) -> str:
+    """What decides the tokens: the files as they are now and the tokenizer's own file."""
+    parts = [text if text == PYTHON_STDLIB else "files", tokenizer_spec]
+    if tokenizer_spec != "bytes":
+        content = Path(tokenizer_spec).expanduser().read_bytes()
+        parts[1] = hashlib.sha256(content).hexdigest()
+    for file in files:
+        status = file.stat()
+        parts.append(f"{file.resolve()}:{status.st_size}:{status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _write(path: Path, pieces: Iterable[np.ndarray]) -> None:
+    """Write under another name and rename, so that no process ever maps half a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache: cannot write to {str(path.parent)!r} ({error.strerror}); give a writable "
+            "folder, or None to keep tokens in memory"
+        ) from error
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            for piece in pieces:
+                piece.tofile(file)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise

@@ -1,0 +1,5 @@
+"""The error for wrong input. In a file of its own because it must be raised without jax."""
+
+
+class ConfigError(ValueError):
+    """Wrong input from the user: one line that names the field, the value and the remedy."""

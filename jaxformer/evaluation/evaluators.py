@@ -1,0 +1,127 @@
+"""Measurements of a state, in the loop or on the checkpoints of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import jax
+from jax.sharding import Mesh
+
+from jaxformer.parallel.mesh import make_mesh
+from jaxformer.parallel.sharding import host_rows, place_batch
+from jaxformer.recipe import (
+    Batch,
+    ConfigError,
+    Data,
+    EvalContext,
+    Extra,
+    Mean,
+    Metrics,
+    Params,
+    Recipe,
+    Task,
+    TrainState,
+)
+from jaxformer.train.checkpoint import saved_steps
+from jaxformer.train.states import on_device, restore_averaged
+from jaxformer.train.updates import merge
+
+
+def perplexity(values: Mapping[str, float]) -> float:
+    """Exp of the mean cross-entropy in nats."""
+    return math.exp(min(values["loss"], 700.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanEvaluator:
+    """The task's own metrics, exact over `batches` batches of `data` (all of a finite one).
+
+    `derived` adds numbers computed from the means, such as `perplexity`.
+    """
+
+    task: Task
+    data: Data
+    name: str = "eval"
+    every: int | Literal["phase_end", "end"] = "end"
+    batches: int | None = None
+    derived: Mapping[str, Callable[[Mapping[str, float]], float]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    @functools.cached_property
+    def _score(self) -> Callable[..., Metrics]:
+        def score(params: Params, extra: Extra, batch: Batch, index: int) -> Metrics:
+            key = jax.random.fold_in(jax.random.key(0), index)
+            output = self.task.loss(
+                params, extra, on_device(self.data, batch), key=key, train=False
+            )
+            return {"loss": Mean(output.loss * output.weight, output.weight), **output.metrics}
+
+        return jax.jit(score)
+
+    def __call__(self, state: TrainState, context: EvalContext) -> dict[str, float]:
+        count = self.batches if self.batches is not None else len(self.data)  # type: ignore[arg-type]
+        rows = host_rows(self.data, context.mesh)
+        totals: Metrics = {}
+        for index in range(count):
+            batch = place_batch(self.data.batch(index, rows), context.mesh, self.data.batch_size)
+            totals = merge(
+                totals, jax.device_get(self._score(state.params, state.extra, batch, index))
+            )
+        values = {name: float(metric.value()) for name, metric in totals.items()}
+        return values | {name: function(values) for name, function in self.derived.items()}
+
+
+def evaluate(
+    recipe: Recipe,
+    workdir: str | Path,
+    *,
+    steps: Iterable[int] | None = None,
+    mesh: Mesh | None = None,
+) -> dict[int, dict[str, float]]:
+    """{step: {"evaluator/metric": value}} on saved `steps` of a run (the newest by default).
+
+    Raises:
+        ConfigError: the recipe has no evaluators, or the run no such checkpoint.
+    """
+    if not recipe.evaluators:
+        raise ConfigError("evaluate: this recipe has no evaluators")
+    mesh = mesh or make_mesh()
+    results = {}
+    for step in saved_steps(workdir)[-1:] if steps is None else steps:
+        phase, state = restore_averaged(recipe, workdir, step=step, mesh=mesh)
+        context = EvalContext(mesh, phase.name, Path(workdir))
+        with jax.set_mesh(mesh):
+            results[step] = {
+                f"{evaluator.name}/{name}": float(value)
+                for evaluator in recipe.evaluators
+                for name, value in evaluator(state, context).items()
+            }
+    return results
+
+
+def select_steps(saved: list[int], which: str) -> list[int]:
+    """The steps that "last", "all", "100" or "100:500" (both ends included) names.
+
+    Raises:
+        ConfigError: nothing saved is named.
+    """
+    if which in ("last", "all"):
+        return saved[-1:] if which == "last" else saved
+    first, colon, last = which.partition(":")
+    try:
+        low = int(first) if first else 0
+        high = (int(last) if last else saved[-1]) if colon else low
+    except ValueError:
+        raise ConfigError(f"steps: {which!r} is not last, all, N or N:M") from None
+    chosen = [step for step in saved if low <= step <= high]
+    if not chosen:
+        raise ConfigError(
+            f"steps: {which} names no checkpoint; saved: {', '.join(map(str, saved))}"
+        )
+    return chosen

@@ -1,0 +1,158 @@
+"""Where arrays live: leaf name -> logical axes -> mesh axes. Modules know nothing of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxformer import paths
+from jaxformer.recipe import Batch, ConfigError, Data, Recipe
+
+MeshAxes = str | tuple[str, ...] | None
+Rule = tuple[str, str]  # (regex over the end of a leaf's name, logical axes)
+
+# "a b -> c" reads: a map that contracts axes a, b and produces c. Optimiser state and averaged
+# parameters follow, because their names end with the parameter's name.
+PARAMETER_RULES: tuple[Rule, ...] = (
+    (r"(query|key|value|query_key_value)/kernel$", "embed -> heads head"),
+    (r"attention/out/kernel$", "heads head -> embed"),
+    (r"(up|gate)/kernel$", "embed -> mlp"),
+    (r"down/kernel$", "mlp -> embed"),
+    (r"embed/table$", "vocab embed"),
+    (r"head/kernel$", "embed -> vocab"),
+)
+PARAMETER_AXES: dict[str, MeshAxes] = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "head": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "expert": "expert",
+}
+ACTIVATION_AXES: dict[str, MeshAxes] = {
+    "batch": ("data", "fsdp"),
+    "length": "sequence",
+    "embed": None,
+    "heads": "tensor",
+    "head": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "expert": "expert",
+}
+BATCH = P(("data", "fsdp"))
+LARGE = 4 * 2**20  # bytes; an unknown leaf of this size is split along its largest divisible axis
+
+
+def axes_of(name: str, ndim: int, rules: Sequence[Rule]) -> tuple[list[str], list[str]] | None:
+    """(contracted, produced) logical axes of a leaf, or None if no rule fits.
+
+    A leaf with one axis more than its rule is a stack of layers: its first axis is "layers".
+    """
+    for pattern, axes in rules:
+        if re.search(pattern, name):
+            before, arrow, after = axes.partition("->")
+            contracted, produced = (before.split(), after.split()) if arrow else ([], axes.split())
+            size = len(contracted) + len(produced)
+            if ndim == size:
+                return contracted, produced
+            if ndim == size + 1:
+                return ["layers", *contracted], produced
+    return None
+
+
+def _fit(axes: Sequence[MeshAxes], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """A spec without the mesh axes that do not divide their dimension."""
+
+    def size(axis: MeshAxes) -> int:
+        return math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()))
+
+    return P(*(axis if n % size(axis) == 0 else None for axis, n in zip(axes, shape, strict=True)))
+
+
+def spec_for(
+    name: str, leaf: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule] = PARAMETER_RULES
+) -> P:
+    """The partition of one leaf of a train state."""
+    axes = axes_of(name, leaf.ndim, rules)
+    if axes is not None:
+        contracted, produced = axes
+        mesh_axes = [PARAMETER_AXES[axis] for axis in (*contracted, *produced)]
+        return _fit(mesh_axes, leaf.shape, mesh)
+    fsdp = mesh.shape["fsdp"]
+    if fsdp > 1 and leaf.size * leaf.dtype.itemsize >= LARGE:
+        for i in np.argsort(leaf.shape)[::-1]:
+            if leaf.shape[i] % fsdp == 0:
+                return P(*("fsdp" if j == i else None for j in range(leaf.ndim)))
+    return P()
+
+
+def rules_of(recipe: Recipe) -> tuple[Rule, ...]:
+    """The recipe's own rules first, then the library's."""
+    return (*recipe.sharding, *PARAMETER_RULES)
+
+
+def place(abstract: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> Any:
+    """Abstract arrays with their shardings on `mesh`."""
+
+    def one(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, spec_for(name, leaf, mesh, rules))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return paths.map_named(one, abstract)
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Fix the layout of an activation by logical axes, e.g. ("batch", "length", "embed").
+
+    Does nothing outside a mesh. Without it on the residual stream and the logits, a 7B model on
+    a pod runs out of memory (measured by ahead-of-time compilation).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    spec = _fit([ACTIVATION_AXES[axis] if axis else None for axis in axes], x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh, batch_size: int) -> NamedSharding:
+    """Rows over the data and fsdp axes.
+
+    Raises:
+        ConfigError: the rows cannot be shared out evenly.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise ConfigError(
+            f"batch_size: {batch_size} rows cannot be shared by {ways} devices "
+            f"(mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}); use a multiple of {ways}"
+        )
+    return NamedSharding(mesh, BATCH)
+
+
+def host_rows(data: Data, mesh: Mesh) -> slice:
+    """The contiguous rows of a global batch that this process must read."""
+    sharding = batch_sharding(mesh, data.batch_size)
+    indices = sharding.addressable_devices_indices_map((data.batch_size,)).values()
+    bounds = [index[0].indices(data.batch_size) for index in indices if index]
+    return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
+
+
+def place_batch(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
+    """This process's rows as global arrays on the mesh."""
+    sharding = batch_sharding(mesh, batch_size)
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
+
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)
+    return jax.tree.map(put, dict(batch))

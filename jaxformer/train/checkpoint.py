@@ -1,0 +1,217 @@
+"""Checkpoints: a plain nested dict of arrays and a JSON page, written by orbax in the background.
+
+`<workdir>/checkpoints/<step>/state` holds the arrays under the names of `jaxformer.paths`,
+`.../meta` what else a run needs: phase, config, versions, layout. The layout is a public
+contract: changing a name needs an entry in `MIGRATIONS` and a new golden checkpoint in the tests.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxformer import paths
+from jaxformer.recipe import ConfigError, InitFrom, TrainState
+
+LAYOUT = 1
+# {n: what a leaf of layout n + 1 was called in layout n}
+MIGRATIONS: dict[int, Callable[[str], str]] = {}
+
+
+def flatten(state: TrainState) -> dict[str, Any]:
+    """{name: array} of a (concrete or abstract) state; the typed key as its uint32 data."""
+    if isinstance(state.key, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, state.key)
+        key: Any = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=state.key.sharding)
+    else:
+        key = jax.random.key_data(state.key)
+    return paths.leaves(state.replace(key=key))
+
+
+def _old_name(name: str, layout: int) -> str:
+    for version in range(LAYOUT - 1, layout - 1, -1):
+        name = MIGRATIONS[version](name)
+    return name
+
+
+def versions() -> dict[str, str]:
+    """The versions a checkpoint was written with."""
+    names = ("jaxformer", "jax", "flax", "optax", "orbax-checkpoint")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager: closing waits for the last write."""
+
+    def __init__(
+        self, workdir: str | Path, *, keep: int | None = None, keep_every: int | None = None
+    ) -> None:
+        """Keep the newest `keep` checkpoints (all when None) and every `keep_every`-th step."""
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every)
+        # Handlers are named so that a manager that has not saved yet can read metadata too.
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=handlers
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        # An exit without close leaves orbax's event loop to print a storm of errors.
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Saved steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
+        """Start writing; returns once the arrays are copied off the device.
+
+        A phase without steps ends at the step of the one before and takes its place.
+        """
+        if step in self.steps():
+            self.wait()
+            self._manager.delete(step)
+        page = {**meta, "step": step, "layout": LAYOUT, "versions": versions()}
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(paths.nest(flatten(state))), meta=ocp.args.JsonSave(page)
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON page of a saved step.
+
+        Raises:
+            ConfigError: no such step.
+        """
+        if step not in self.steps():
+            saved = ", ".join(map(str, self.steps())) or "none"
+            raise ConfigError(f"step: {step} is not in {self.directory}; saved steps: {saved}")
+        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items).meta
+
+    def saved(self, step: int) -> dict[str, Any]:
+        """{name: shape and dtype} of the saved arrays."""
+        return paths.leaves(self._manager.item_metadata(step).state.tree)
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of `step` on the shardings of `abstract`.
+
+        Raises:
+            ConfigError: the saved arrays do not fit `abstract`; names the first that does not.
+        """
+        arrays = self.restore_arrays(step, flatten(abstract), whole=True)
+        key = jax.random.wrap_key_data(arrays["key"])
+        # The key's data has one axis more than the key, so it is refilled apart.
+        rest = paths.refill(abstract.replace(key=0), {**arrays, "key": 0})
+        return rest.replace(key=key)
+
+    def restore_arrays(
+        self, step: int, wanted: Mapping[str, Any], *, whole: bool = False
+    ) -> dict[str, jax.Array]:
+        """The `wanted` arrays {name: abstract array}; `whole`: nothing else may be saved."""
+        layout = self.meta(step)["layout"]
+        if layout > LAYOUT:
+            raise ConfigError(
+                f"checkpoint {self.directory}/{step}: layout {layout} is newer than this version "
+                f"of jaxformer reads ({LAYOUT}); upgrade jaxformer"
+            )
+        old = {name: _old_name(name, layout) for name in wanted}
+        saved = self.saved(step)
+        self._check(step, {old[name]: leaf for name, leaf in wanted.items()}, saved, whole)
+        tree = paths.nest({old[name]: leaf for name, leaf in wanted.items()})
+        arguments = ocp.args.PyTreeRestore(
+            tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=not whole,
+        )
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=arguments)).state
+        found = paths.leaves(restored)
+        return {name: found[old[name]] for name in wanted}
+
+    def _check(
+        self, step: int, wanted: Mapping[str, Any], saved: Mapping[str, Any], whole: bool
+    ) -> None:
+        where = f"checkpoint {self.directory}/{step}"
+        remedy = "restore with the config it was trained with, or start in another workdir"
+        missing = [name for name in wanted if name not in saved]
+        extra = [name for name in saved if name not in wanted] if whole else []
+        if missing or extra:
+            what = f"lacks {missing[0]!r}" if missing else f"has {extra[0]!r}, unknown here"
+            raise ConfigError(f"{where} {what} ({len(missing) + len(extra)} differ); {remedy}")
+        for name, leaf in wanted.items():
+            if tuple(saved[name].shape) != tuple(leaf.shape):
+                raise ConfigError(
+                    f"{where}: {name!r} has shape {tuple(saved[name].shape)}, this config wants "
+                    f"{tuple(leaf.shape)}; {remedy}"
+                )
+
+
+def saved_steps(workdir: str | Path) -> list[int]:
+    """The checkpoints of a run.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not (Path(workdir) / "checkpoints").is_dir():
+        raise ConfigError(
+            f"workdir: no checkpoints in {workdir}; give the --workdir of a training run"
+        )
+    with Checkpoints(workdir) as checkpoints:
+        steps = checkpoints.steps()
+    if not steps:
+        raise ConfigError(f"workdir: {workdir} has no complete checkpoint yet")
+    return steps
+
+
+def start_from(source: InitFrom, state: TrainState) -> TrainState:
+    """`state` with the parameters of another run, mapped by `source.mapping`.
+
+    Raises:
+        ConfigError: no checkpoint, or a parameter that nothing maps to and `fresh` does not name.
+    """
+    with Checkpoints(source.workdir) as other:
+        if not other.steps():
+            raise ConfigError(f"init_from.workdir: no checkpoint in {other.directory}")
+        step = other.steps()[-1] if source.step is None else source.step
+        saved = {n.removeprefix("params/") for n in other.saved(step) if n.startswith("params/")}
+        to_here: dict[str, str] = {}
+        for name in sorted(saved):
+            new = name
+            for pattern, replacement in source.mapping:
+                new = re.sub(pattern, replacement, new)
+            if to_here.setdefault(new, name) != name:
+                raise ConfigError(
+                    f"init_from.mapping: {name!r} and {to_here[new]!r} both give {new!r}"
+                )
+        here = paths.leaves(state.params)
+        lost = [n for n in here if n not in to_here and not re.search(source.fresh, n)]
+        if lost:
+            raise ConfigError(
+                f"init_from: nothing in {other.directory}/{step} gives parameter {lost[0]!r} "
+                f"({len(lost)} in all); extend init_from.mapping, or name it in init_from.fresh"
+            )
+        wanted = {
+            f"params/{to_here[name]}": jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in here.items()
+            if name in to_here and not re.search(source.fresh, name)
+        }
+        found = other.restore_arrays(step, wanted)
+    params = paths.map_named(
+        lambda name, x: found.get(f"params/{to_here.get(name)}", x), state.params
+    )
+    return state.replace(params=params)

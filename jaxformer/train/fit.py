@@ -1,0 +1,300 @@
+"""The one loop. It knows phases, checkpoints and evaluators, and nothing about any paper."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxformer.data.base import prefetch
+from jaxformer.parallel.mesh import make_mesh
+from jaxformer.parallel.sharding import host_rows, place_batch
+from jaxformer.recipe import Batch, EvalContext, Evaluator, Metrics, Phase, Recipe, TrainState
+from jaxformer.train.checkpoint import Checkpoints
+from jaxformer.train.metrics import Jsonl, Progress, Sink, TensorBoard
+from jaxformer.train.states import (
+    abstract_states,
+    averaged,
+    enter,
+    initialise,
+    saved_phase,
+    shardings,
+    step_function,
+)
+from jaxformer.train.updates import merge
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row gave a loss or gradient that is not finite."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after a checkpoint was written; the same command continues it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitOptions:
+    """How to run, as opposed to what: nothing here changes the numbers of a run."""
+
+    seed: int = 0
+    log_every: int = 20  # steps
+    checkpoint_every: int = 0  # steps; 0: only at phase ends
+    checkpoint_minutes: float = 10.0  # and at least this often
+    keep: int | None = 3  # newest checkpoints to keep
+    keep_every: int | None = None  # and every n-th step for good
+    max_bad_steps: int = 20  # non-finite steps in a row before the run stops
+    tensorboard: bool = False
+    progress: bool = True
+    stop_after: int | None = None  # leave at this global step, as if interrupted
+
+
+DEFAULTS = FitOptions()
+
+
+def fit(
+    recipe: Recipe,
+    *,
+    workdir: str | Path | None = None,
+    mesh: Mesh | None = None,
+    options: FitOptions = DEFAULTS,
+) -> TrainState:
+    """Run a recipe to its end, continuing from the newest checkpoint in `workdir` if there is one.
+
+    Without a `workdir` nothing is written. Returns the last state.
+
+    Raises:
+        ConfigError: the recipe and the checkpoint, the batch or the mesh do not fit.
+        NonFiniteError: after `options.max_bad_steps` such steps in a row; a checkpoint is saved.
+        Interrupted: on SIGTERM, SIGINT or `options.stop_after`; a checkpoint is saved.
+    """
+    mesh = mesh or make_mesh()
+    with contextlib.ExitStack() as stack:
+        run = _Run(recipe, mesh, options, Path(workdir) if workdir else None, stack)
+        stack.enter_context(jax.set_mesh(mesh))
+        for index in range(run.first_phase, len(recipe.phases)):
+            run.phase(index)
+        return run.state
+
+
+class _Run:
+    """One call of `fit`: the state, its host-side step counter and what is written on the way."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        options: FitOptions,
+        workdir: Path | None,
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.recipe, self.mesh, self.options, self.workdir = recipe, mesh, options, workdir
+        self.progress: Progress | None = None
+        self.sinks: list[Sink] = []
+        self.checkpoints: Checkpoints | None = None
+        if workdir is not None:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self.checkpoints = stack.enter_context(
+                Checkpoints(workdir, keep=options.keep, keep_every=options.keep_every)
+            )
+        self.abstract = abstract_states(recipe, mesh)
+        self.step = 0  # a Python int: reading state.step would wait for the device
+        self.first_phase, self.resumed = 0, False
+        saved = self.checkpoints.steps() if self.checkpoints else []
+        if self.checkpoints and saved:
+            self.step, self.resumed = saved[-1], True
+            self.first_phase = saved_phase(recipe, self.checkpoints.meta(self.step))
+            with jax.set_mesh(mesh):
+                self.state = self.checkpoints.restore(
+                    self.step, self.abstract[self.first_phase + 1]
+                )
+        else:
+            with jax.set_mesh(mesh):
+                self.state = initialise(recipe, mesh, options.seed)
+        self._open_sinks(stack)
+        self.stop = stack.enter_context(_signals())
+        self.saved_at = time.monotonic()
+        self.bad_steps = 0
+        self.status(
+            f"{'continue' if self.resumed else 'start'} at step {self.step} of {recipe.steps}"
+        )
+
+    def _open_sinks(self, stack: contextlib.ExitStack) -> None:
+        if jax.process_index() != 0:
+            return
+        if self.options.progress:
+            self.progress = Progress(self.recipe.steps, self.step, self.recipe.unit)
+            self.sinks.append(self.progress)
+        if self.workdir is not None:
+            self.sinks.append(Jsonl(self.workdir / "metrics.jsonl", resume_at=self.step))
+            if self.options.tensorboard:
+                self.sinks.append(TensorBoard(self.workdir / "tensorboard"))
+        for sink in self.sinks:
+            stack.callback(sink.close)
+
+    def status(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.status(text)
+
+    def phase(self, index: int) -> None:
+        """Enter a phase (unless resumed inside it), take its steps, evaluate and save."""
+        phase = self.recipe.phases[index]
+        end = sum(p.steps for p in self.recipe.phases[: index + 1])
+        resumed, self.resumed = self.resumed, False
+        if resumed and self.step == end:
+            return  # saved after all its work was done
+        if not resumed:
+            self.status(f"enter phase {phase.name}: {phase.steps} steps")
+            out = shardings(self.abstract[index + 1])
+            self.state = jax.jit(functools.partial(enter, phase), out_shardings=out)(self.state)
+        if phase.steps:
+            self._steps(phase, index, end)
+        last = index == len(self.recipe.phases) - 1
+        self._evaluate(phase, [e for e in self.recipe.evaluators if last or e.every == "phase_end"])
+        self._save(phase)
+        if not last:
+            self._leave_if_stopped()
+
+    def _steps(self, phase: Phase, index: int, end: int) -> None:
+        """Step until `end`; evaluate, save and leave on the way where that is due."""
+        step = step_function(phase, self.abstract[index + 1], self.mesh)
+        window, guard = _Window(), "allow"
+        pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+        with contextlib.closing(self._batches(phase, self.step - end + phase.steps)) as batches:
+            while self.step < end:
+                batch = next(batches)
+                # Placing batches and fetching metrics are explicit; anything else that would
+                # cross between host and device inside a step is a bug, and raises. Tracing, in
+                # the first call, may make constants.
+                with jax.transfer_guard(guard):
+                    self.state, metrics = step(self.state, batch)
+                guard = "disallow"
+                self.step += 1
+                pending.append((self.step, metrics))
+                # Metrics are read one step late: while the device works on this step the host
+                # waits for the one before, so at most two steps are in flight.
+                inside = self.step < end
+                due = self._due() if inside else []
+                save = inside and (self._save_due() or self._stopping())
+                while len(pending) > (0 if due or save or not inside else 1):
+                    self._read(phase, window, *pending.popleft())
+                if due or save or not inside:
+                    self._log(phase, window)
+                self._evaluate(phase, due)
+                if save:
+                    self._save(phase)
+                    self._leave_if_stopped()
+
+    def _batches(self, phase: Phase, first: int) -> Generator[Batch]:
+        data = phase.data
+        if data is None:
+            while True:
+                yield {}
+        rows = host_rows(data, self.mesh)
+        with contextlib.closing(prefetch(data, first, rows=rows)) as source:
+            for _, batch in source:
+                yield place_batch(batch, self.mesh, data.batch_size)
+
+    def _read(self, phase: Phase, window: _Window, step: int, metrics: Metrics) -> None:
+        """Wait for the metrics of a step, watch for bad ones, log when a window is full."""
+        window.add(step, jax.device_get(metrics))
+        bad = window.last.get("nonfinite")
+        self.bad_steps = self.bad_steps + 1 if bad is not None and bad.value() > 0 else 0
+        if self.bad_steps >= self.options.max_bad_steps:
+            self._log(phase, window)
+            self._save(phase)
+            raise NonFiniteError(
+                f"{self.bad_steps} steps in a row up to step {step} had a loss or gradient that "
+                "is not finite; lower optim.learning_rate, set optim.clip, or check the data"
+            )
+        if step % self.options.log_every == 0:
+            self._log(phase, window)
+
+    def _log(self, phase: Phase, window: _Window) -> None:
+        if window.count:
+            row = {"step": window.step, "phase": phase.name, **window.close()}
+            for sink in self.sinks:
+                sink.write(row)
+
+    def _due(self) -> list[Evaluator]:
+        every = [e for e in self.recipe.evaluators if isinstance(e.every, int)]
+        return [e for e in every if self.step % int(e.every) == 0]
+
+    def _evaluate(self, phase: Phase, evaluators: list[Evaluator]) -> None:
+        if not evaluators:
+            return
+        context = EvalContext(self.mesh, phase.name, self.workdir)
+        state = averaged(phase.update, self.state)
+        row: dict[str, Any] = {"step": self.step, "phase": phase.name}
+        for evaluator in evaluators:
+            row |= {f"{evaluator.name}/{k}": v for k, v in evaluator(state, context).items()}
+        self.status("  ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)))
+        for sink in self.sinks:
+            if sink is not self.progress:
+                sink.write(row)
+
+    def _save_due(self) -> bool:
+        every, minutes = self.options.checkpoint_every, self.options.checkpoint_minutes
+        by_steps = every > 0 and self.step % every == 0
+        return by_steps or time.monotonic() - self.saved_at > 60 * minutes
+
+    def _stopping(self) -> bool:
+        return self.stop.is_set() or self.step == self.options.stop_after
+
+    def _leave_if_stopped(self) -> None:
+        if self._stopping():
+            raise Interrupted(f"stopped at step {self.step}; run again to continue")
+
+    def _save(self, phase: Phase) -> None:
+        if self.checkpoints is None:
+            return
+        meta = {"phase": phase.name, "config": dict(self.recipe.config)}
+        self.checkpoints.save(self.step, self.state, meta)
+        self.saved_at = time.monotonic()
+
+
+class _Window:
+    """Metrics of the steps since the last log row, merged, with their speed."""
+
+    def __init__(self) -> None:
+        self.step, self.count = 0, 0
+        self.last: Metrics = {}  # of the newest step alone
+        self._merged: Metrics = {}
+        self._since = time.monotonic()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        self.step, self.last, self.count = step, metrics, self.count + 1
+        self._merged = merge(self._merged, metrics)
+
+    def close(self) -> dict[str, float]:
+        """The row of this window; a new one begins."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        row = {name: float(metric.value()) for name, metric in self._merged.items()}
+        weight = float(getattr(self._merged.get("loss"), "weight", self.count))
+        row |= {"steps_per_second": self.count / seconds, "items_per_second": weight / seconds}
+        self._merged, self.count, self._since = {}, 0, time.monotonic()
+        return row
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT sets, for the time of the run (main thread only)."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

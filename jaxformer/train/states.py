@@ -1,0 +1,145 @@
+"""States of a recipe: new ones, those at the start of a phase, and those read from disk."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxformer.parallel.mesh import make_mesh
+from jaxformer.parallel.sharding import batch_sharding, place, rules_of
+from jaxformer.recipe import (
+    Batch,
+    ConfigError,
+    Data,
+    DrawsOnDevice,
+    Metrics,
+    Phase,
+    Recipe,
+    TrainState,
+    Update,
+)
+from jaxformer.train.checkpoint import Checkpoints, saved_steps, start_from
+from jaxformer.train.updates import Averages
+
+
+def on_device(data: Data | None, batch: Batch) -> Batch:
+    """The arrays of a batch, drawn here if its data draws on device."""
+    return data.draw(batch) if isinstance(data, DrawsOnDevice) else batch
+
+
+def first_data(recipe: Recipe) -> Data | None:
+    """The data of the first phase that has any."""
+    return next((phase.data for phase in recipe.phases if phase.data is not None), None)
+
+
+def new_state(recipe: Recipe, key: jax.Array) -> TrainState:
+    """Freshly initialised parameters, before any phase is entered."""
+    data = first_data(recipe)
+    # Parameters depend on the shapes of a batch, not on its values.
+    rows = {} if data is None else jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), data.spec())
+    params, extra = recipe.task.init(jax.random.fold_in(key, 0), on_device(data, rows))
+    return TrainState(jnp.zeros((), jnp.int32), params, extra, {}, key)
+
+
+def enter(phase: Phase, state: TrainState) -> TrainState:
+    """The state at the start of a phase."""
+    state = phase.enter(state)
+    return phase.update.init(state) if phase.update else state.replace(opt_state={})
+
+
+def abstract_states(recipe: Recipe, mesh: Any) -> list[TrainState]:
+    """Shapes, dtypes and shardings of the state: at initialisation, then in each phase."""
+    rules = rules_of(recipe)
+    shapes = [jax.eval_shape(lambda: new_state(recipe, jax.random.key(0)))]
+    for phase in recipe.phases:
+        shapes.append(jax.eval_shape(functools.partial(enter, phase), shapes[-1]))
+    return [place(shape, mesh, rules) for shape in shapes]
+
+
+def shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def step_function(phase: Phase, abstract: TrainState, mesh: Any) -> Any:
+    """The jitted step of a phase: draw, update; the state is donated."""
+    assert phase.update is not None
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return phase.update(state, on_device(phase.data, batch))  # type: ignore[misc]
+
+    out = (shardings(abstract), NamedSharding(mesh, P()))
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def lower(recipe: Recipe, mesh: AbstractMesh, platform: str, phase: int = 0) -> jax.stages.Lowered:
+    """The step of a phase lowered for `mesh` on "tpu", "cuda" or "cpu": no device is needed."""
+    what = recipe.phases[phase]
+    abstract = abstract_states(recipe, mesh)[phase + 1]
+    batch: Batch = {}
+    if what.data is not None:
+        sharding = batch_sharding(mesh, what.data.batch_size)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), what.data.spec()
+        )
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = step_function(what, abstract, mesh).trace(abstract, batch)
+        return traced.lower(lowering_platforms=(platform,))
+
+
+def averaged(update: Update | None, state: TrainState) -> TrainState:
+    """The state whose parameters are to be evaluated (EMA, schedule-free average, or as is)."""
+    return state.replace(params=update.averaged(state)) if isinstance(update, Averages) else state
+
+
+def initialise(recipe: Recipe, mesh: Mesh, seed: int) -> TrainState:
+    """A new state on the mesh, with parameters of another run where the recipe says so."""
+    abstract = abstract_states(recipe, mesh)[0]
+    make = jax.jit(lambda key: new_state(recipe, key), out_shardings=shardings(abstract))
+    state = make(jax.random.key(seed))
+    return start_from(recipe.init_from, state) if recipe.init_from else state
+
+
+def restore(
+    recipe: Recipe, workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = None
+) -> TrainState:
+    """The state of a run at `step` (the newest by default), on `mesh`.
+
+    Raises:
+        ConfigError: no such checkpoint, or one that this recipe does not fit.
+    """
+    return _restore(recipe, workdir, step, mesh)[1]
+
+
+def restore_averaged(
+    recipe: Recipe, workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = None
+) -> tuple[Phase, TrainState]:
+    """The phase of a saved step, and its state with the weights that are to be evaluated."""
+    phase, state = _restore(recipe, workdir, step, mesh)
+    return phase, averaged(phase.update, state)
+
+
+def _restore(
+    recipe: Recipe, workdir: str | Path, step: int | None, mesh: Mesh | None
+) -> tuple[Phase, TrainState]:
+    step = saved_steps(workdir)[-1] if step is None else step
+    mesh = mesh or make_mesh()
+    with Checkpoints(workdir) as checkpoints, jax.set_mesh(mesh):
+        index = saved_phase(recipe, checkpoints.meta(step))
+        abstract = abstract_states(recipe, mesh)[index + 1]
+        return recipe.phases[index], checkpoints.restore(step, abstract)
+
+
+def saved_phase(recipe: Recipe, meta: Mapping[str, Any]) -> int:
+    names = [phase.name for phase in recipe.phases]
+    if meta["phase"] not in names:
+        raise ConfigError(
+            f"checkpoint: was saved in phase {meta['phase']!r}, this recipe has {', '.join(names)}"
+        )
+    return names.index(meta["phase"])
