@@ -15,7 +15,7 @@ from jaxformer.kernels.attention.request import Request
 
 
 def xla(request: Request) -> tuple[jax.Array, jax.Array]:
-    """Output (B, L, H, Kv) and log-sum-exp (B, H, L); JAX differentiates it, in forward mode too."""
+    """Output (B, L, H, Kv) and log-sum-exp (B, H, L); differentiable in forward mode too."""
     rules, sizes, sums = request.rules, request.sizes, request.score_dtype
     x = Inputs.of(request).layout(request, sizes)
     at = Block.whole(sizes)
