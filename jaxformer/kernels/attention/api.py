@@ -64,6 +64,7 @@ def attention(
     dropout: (rate, key), of the weights; the draws depend on the key and the positions alone.
     return_lse: the natural logarithm of the normaliser, float32, differentiable.
     impl: an implementation by name, never replaced by another; "auto" chooses, `explain` says why.
+        "xla" alone has forward-mode and second derivatives.
     tiles: (queries, keys) of a tile; the implementation chooses when absent.
     allow_quadratic: let `xla` make a score matrix above 2 GiB.
 

@@ -3,7 +3,8 @@
 One loop over chunks of queries, and inside it one loop over the key tiles the mask leaves: first
 the FULL ones, without mask arithmetic, then the PARTIAL ones; SKIP tiles are not visited. Which
 tiles those are is a table computed while tracing (`tiling.py`), so the program has the same size
-for every L. The backward pass recomputes tiles from the saved q, k, v, o and LSE.
+for every L. The backward pass recomputes tiles from the saved q, k, v, o and LSE; it is written by
+hand, so there is one reverse derivative: forward mode and second derivatives need `xla`.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def chunked(request: Request) -> tuple[jax.Array, jax.Array]:
 
         o = jnp.zeros((*shape, x.v.shape[-1]), sums)
         m, l, o = _walk(row, one_pass, (*_before(x.sink, shape, sums), o))
-        o, lse = tile.normalise(m, l, o)
-        return (_walk(row, second_pass, o) if rules.two_pass else o), lse
+        l, lse = tile.normaliser(m, l)
+        return _walk(row, second_pass, o) if rules.two_pass else o / l[..., None], lse
 
     o, lse = lax.map(chunk, (*_index(tiles), _chunks(x.q, tiles.tq), *tiles.tables))
     return _unchunk(o, sizes.l).swapaxes(1, 2).astype(request.q.dtype), _unchunk(lse, sizes.l)

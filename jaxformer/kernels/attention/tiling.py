@@ -87,24 +87,25 @@ def _table(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return table, counts
 
 
-def _halves(x: range) -> tuple[range, ...]:
-    return (x[: len(x) // 2], x[len(x) // 2 :]) if len(x) > 16 else (x,)
+def _halves(x: range, smallest: int) -> tuple[range, ...]:
+    return (x[: len(x) // 2], x[len(x) // 2 :]) if len(x) > smallest else (x,)
 
 
 def visible_scores(request: Request) -> float:
     """Scores per batch row and head that the mask leaves, for counting operations.
 
-    Tiles are halved until they are decided; an undecided rest of 16 x 16 counts half, or whole
+    Tiles are halved until they are decided; what is undecided in the end counts half, or whole
     where the mask carries arrays and nothing is known.
     """
+    smallest = max(16, *(x // 256 for x in request.sizes[2:]))
     known = request.static_positions and not jax.tree.leaves(request.mask)
 
     def count(q: range, k: range) -> float:
         state = request.tile_state(q, k)
         if state is not PARTIAL:
             return len(q) * len(k) if state is FULL else 0
-        if max(len(q), len(k)) <= 16:
+        if max(len(q), len(k)) <= smallest:
             return len(q) * len(k) * (0.5 if known else 1.0)
-        return sum(count(a, b) for a in _halves(q) for b in _halves(k))
+        return sum(count(a, b) for a in _halves(q, smallest) for b in _halves(k, smallest))
 
     return count(range(request.sizes.l), range(request.sizes.s))

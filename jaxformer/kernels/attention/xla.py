@@ -32,9 +32,9 @@ def xla(request: Request) -> tuple[jax.Array, jax.Array]:
     l = p.sum(-1)
     if x.sink is not None:
         l = l + jnp.exp(x.sink[:, None] - m)
+    l, lse = tile.normaliser(m, l)
     if rules.two_pass:
-        p = p / jnp.where(l > 0, l, 1.0)[..., None]
-    o = mix(tile.weights(rules, p, view, aux), x.v, sums)
-    o_normal, lse = tile.normalise(m, l, o)
-    o = o if rules.two_pass else o_normal
+        o = mix(tile.weights(rules, p / l[..., None], view, aux), x.v, sums)
+    else:  # dividing the output is cheaper than dividing the scores
+        o = mix(tile.weights(rules, p, view, aux), x.v, sums) / l[..., None]
     return o.swapaxes(1, 2).astype(request.q.dtype), lse
