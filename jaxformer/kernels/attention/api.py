@@ -38,7 +38,7 @@ def attention(
     v_BxSxGxKv: jax.Array,
     *,
     scale: float | None = None,
-    mask: Mask = Full(),  # noqa: B008 (frozen)
+    mask: Mask = Full(),
     score_mod: ScoreMod | None = None,
     prob_mod: ProbMod | None = None,
     aux: Mapping[str, Operand] | None = None,
@@ -154,7 +154,7 @@ def _request(
     v: jax.typing.ArrayLike,
     *,
     scale: float | None = None,
-    mask: Mask = Full(),  # noqa: B008 (frozen)
+    mask: Mask = Full(),
     score_mod: ScoreMod | None = None,
     prob_mod: ProbMod | None = None,
     aux: Mapping[str, Operand] | None = None,
