@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from jaxformer.models.transformer import Transformer
@@ -34,7 +35,9 @@ def closed_form(case):
         "out/reduced_du": du,
         "out/L_min": model.minimum_loss(Lambda, N),
         "out/risk": model.mean_risk(Lambda, N, M),
-        "out/random_cov_B": model.random_covariance_limit(x["lambdas"], N),
+        "out/random_cov_B": jnp.diagonal(
+            model.random_covariance_limit(jax.vmap(jnp.diag)(x["lambdas"]), N)
+        ),
     }
 
 

@@ -101,14 +101,16 @@ def limit(Lambda: Array, N: int) -> Params:
     return balanced_weights(jnp.linalg.inv(gamma(Lambda, N)))
 
 
-def random_covariance_limit(lambdas: Array, N: int) -> Array:
-    """The diagonal (d,) of B for prompts with covariance diag(lambdas[tau]) (Theorem 4.5).
+def random_covariance_limit(covariances: Array, N: int) -> Array:
+    """B (d, d), what u U tends to when each prompt draws its covariance (Theorem 4.5).
 
-    B = E[Gamma_tau Lambda_tau^2]^{-1} E[Lambda_tau^2], the mean taken over the rows of `lambdas`
-    (T, d). The limit is `balanced_weights(jnp.diag(B))`.
+    B = E[Gamma_tau Lambda_tau^2]^{-1} E[Lambda_tau^2], the mean taken over `covariances`
+    (T, d, d), which the theorem takes to be diagonal; of a single one it is Gamma^{-1}. The limit
+    is `balanced_weights(B)`.
     """
-    gammas = (1 + 1 / N) * lambdas + lambdas.sum(-1, keepdims=True) / N
-    return jnp.mean(lambdas**2, 0) / jnp.mean(gammas * lambdas**2, 0)
+    squares = covariances @ covariances
+    gammas = jax.vmap(gamma, (0, None))(covariances, N)
+    return jnp.linalg.solve((gammas @ squares).mean(0), squares.mean(0))
 
 
 def balanced_weights(product: Array) -> Params:
@@ -122,6 +124,14 @@ def weights(U: Array, u: Array) -> Params:
     d = len(U)
     zero = jnp.zeros((d + 1, d + 1), U.dtype)
     return {"W_KQ": zero.at[:d, :d].set(U), "W_PV": zero.at[d, d].set(u)}
+
+
+def blocks(params: Params) -> tuple[Array, Array, Array]:
+    """(U, u, |w21|): the two blocks that move from such a start, and the norm of w21 of both."""
+    w_kq, w_pv = params["W_KQ"], params["W_PV"]
+    d = len(w_kq) - 1
+    outside = jnp.stack([w_kq[d, :d], w_pv[d, :d]])
+    return w_kq[:d, :d], w_pv[d, d], jnp.linalg.norm(outside)
 
 
 # The flow on the two blocks that move (section 5).
@@ -206,6 +216,15 @@ def linear_label_law(w: Array, Lambda: Array, noise: float = 0.0) -> LabelLaw:
     return LabelLaw(w, Sigma, jnp.asarray(noise**2, Lambda.dtype))
 
 
+def quadratic_label_law(w: Array, Lambda: Array, c: float) -> LabelLaw:
+    """The law of y = <w, x> + c (x_1^2 - 1), its moments by Isserlis."""
+    variance, first = Lambda[0, 0], jnp.outer(Lambda[0], Lambda[0])
+    second = variance * Lambda + 2 * first  # E[x x^T x_1^2]
+    fourth = 3 * variance**2 * Lambda + 12 * variance * first  # E[x x^T x_1^4]
+    Sigma = linear_label_law(w, Lambda).Sigma + c**2 * (fourth - 2 * second + Lambda)
+    return LabelLaw(w, Sigma, c**2 * (3 * variance**2 - 2 * variance + 1))
+
+
 def risk(labels: LabelLaw, Lambda: Array, N: int, M: int) -> Array:
     """E (yhat_q - y_q)^2 over test prompts of M examples and their query, all with that law."""
     inverse = jnp.linalg.inv(gamma(Lambda, N))
@@ -278,9 +297,17 @@ class PopulationRegression:
     def loss(
         self, params: Params, extra: Extra, batch: Batch, *, key: Array, train: bool
     ) -> LossOutput:
-        each = jax.vmap(population_loss, (None, 0, None))
-        loss = Mean.of(each(params, jnp.asarray(self.covariances), self.N).mean())
+        loss = Mean.of(self.population(params))
         return LossOutput(loss.value(), loss.weight, {"loss": loss}, extra)
+
+    def population(self, params: Params) -> Array:
+        """The loss alone."""
+        each = jax.vmap(population_loss, (None, 0, None))
+        return each(params, jnp.asarray(self.covariances), self.N).mean()
+
+    def limit(self) -> Params:
+        """Where its gradient flow ends."""
+        return balanced_weights(random_covariance_limit(jnp.asarray(self.covariances), self.N))
 
 
 def relative_error(error: Array, y: Array, weight: Array | None = None) -> Mean:
