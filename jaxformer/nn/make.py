@@ -29,3 +29,34 @@ class Make:
     def __repr__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.arguments)
         return f"{self.cls.__name__}({inside})"
+
+
+def swap(value: Any, old: type, new: type) -> Any:
+    """A copy of a task, module, `Make` or tuple in which every `Make(old, ...)` is of `new`.
+
+    `new` receives the arguments that `old` had. `swap(model, Fused, Unfused)` is the same model,
+    on the same parameters, with its attention open to interception.
+    """
+    if isinstance(value, tuple):
+        items = tuple(swap(item, old, new) for item in value)
+        return value if items == value else items
+    if isinstance(value, Make):
+        stored = dict(value.arguments)
+        parts = _default_parts(value.cls) | stored
+        swapped = {name: swap(part, old, new) for name, part in parts.items()}
+        kept = {k: v for k, v in swapped.items() if k in stored or v != parts[k]}
+        return Make(new if value.cls is old else value.cls, **kept)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        parts.pop("parent", None)  # of a Linen module
+        changed = {k: v for k, part in parts.items() if (v := swap(part, old, new)) != part}
+        return dataclasses.replace(value, **changed) if changed else value
+    return value
+
+
+def _default_parts(cls: type) -> dict[str, Any]:
+    """The default arguments of a class that hold parts."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    return {name: value for name, value in defaults.items() if isinstance(value, Make | tuple)}

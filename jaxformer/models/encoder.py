@@ -1,0 +1,105 @@
+"""A bidirectional encoder of tokens, features or patches, and a classifier on it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxformer.kernels.attention import Full, KeyPadding, Mask
+from jaxformer.models.transformer import Transformer
+from jaxformer.nn.dropout import Dropout
+from jaxformer.nn.einsum import Einsum
+from jaxformer.nn.embed import Embed
+from jaxformer.nn.heads import MeanPool, class_head
+from jaxformer.nn.make import Make
+from jaxformer.nn.norm import LayerNorm
+from jaxformer.parallel.sharding import constrain
+
+FULL = Full()
+
+
+class Encoder(nn.Module):
+    """Whatever `embed` reads, to (B, L, D).
+
+    `class_tokens` learned vectors go in front of the sequence. Positions that are not `valid`
+    are padding: nobody attends to them.
+    """
+
+    embed: Make
+    stack: Make
+    position: Make | None = None
+    norm: Make | None = Make(LayerNorm)
+    class_tokens: int = 0
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        valid_BxL: jax.Array | None = None,
+        mask: Mask = FULL,
+        train: bool = False,
+    ) -> jax.Array:
+        x_BxLxD = self.embed(name="embed")(inputs)
+        batch, _, width = x_BxLxD.shape
+        if self.class_tokens:
+            init = jax.nn.initializers.normal(0.02)
+            shape = (self.class_tokens, width)
+            tokens = self.param("class_tokens", init, shape, jnp.float32)
+            tokens = jnp.broadcast_to(tokens.astype(x_BxLxD.dtype), (batch, *shape))
+            x_BxLxD = jnp.concatenate([tokens, x_BxLxD], axis=1)
+        if valid_BxL is not None:
+            front = jnp.ones((batch, self.class_tokens), bool)
+            mask = mask & KeyPadding(jnp.concatenate([front, valid_BxL], axis=1))
+        if self.position is not None:
+            x_BxLxD = self.position(name="position")(x_BxLxD)
+        x_BxLxD = Dropout(self.dropout, name="dropout")(x_BxLxD, train=train)
+        x_BxLxD = constrain(x_BxLxD, ("batch", "length", "embed"))
+        x_BxLxD = self.stack(name="stack")(x_BxLxD, mask=mask, train=train)
+        return x_BxLxD if self.norm is None else self.norm(name="norm")(x_BxLxD)
+
+
+class Classifier(nn.Module):
+    """Inputs to class logits (B, C): an encoder, a pool over positions and a linear head."""
+
+    encoder: Make
+    classes: int
+    pool: Make = Make(MeanPool)
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, *, valid_BxL: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        x_BxLxD = self.encoder(name="encoder")(inputs, valid_BxL=valid_BxL, train=train)
+        x_BxD = self.pool(name="pool")(x_BxLxD, valid_BxL)
+        return class_head(self.classes)(name="head")(x_BxD)
+
+
+def token_classifier(
+    trunk: Transformer, *, vocabulary: int, length: int, classes: int, mixer: Make | None = None
+) -> Classifier:
+    """Sequences of tokens (B, L) to classes, mean-pooled."""
+    embed = Make(Embed, vocabulary=vocabulary, width=trunk.width, dtype=trunk.compute_dtype)
+    return Classifier(_encoder(trunk, embed, length, mixer), classes)
+
+
+def feature_classifier(
+    trunk: Transformer, *, length: int, classes: int, mixer: Make | None = None
+) -> Classifier:
+    """Sequences of feature vectors (B, L, F) to classes, mean-pooled."""
+    equation = "...F,FD->...D"
+    embed = Make(Einsum, equation=equation, features=(trunk.width,), dtype=trunk.compute_dtype)
+    return Classifier(_encoder(trunk, embed, length, mixer), classes)
+
+
+def _encoder(trunk: Transformer, embed: Make, length: int, mixer: Make | None) -> Make:
+    return Make(
+        Encoder,
+        embed=embed,
+        stack=trunk.stack(mixer),
+        position=trunk.stream_position(length),
+        norm=trunk.final_norm(),
+        dropout=trunk.dropout,
+    )

@@ -1,0 +1,214 @@
+"""Softmax multi-head attention, fused or opened up, with a cache for decoding.
+
+`Fused` and `Unfused` are two cores for the same parameters: the first is one operation that never
+holds the scores, the second spells out `Scores`, `Softmax` and `Mix` as modules for everything
+that must see or change them. `jaxformer.nn.make.swap(model, Fused, Unfused)` goes over.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxformer.kernels.attention import KeyPadding, Mask, PerK, PerQ, attention, dense
+from jaxformer.kernels.attention import operands as ops
+from jaxformer.kernels.attention.masks import positions_operand
+from jaxformer.kernels.attention.mods import drop, seed_of
+from jaxformer.nn.cache import KVCache
+from jaxformer.nn.einsum import Einsum
+from jaxformer.nn.make import Make
+from jaxformer.nn.position import Mods, Position, stream_positions
+from jaxformer.recipe import ConfigError
+
+
+class Fused(nn.Module):
+    """softmax(Q K^T / sqrt(K)) V by `jaxformer.kernels.attention`."""
+
+    @nn.compact
+    def __call__(
+        self,
+        q_BxLxHxK: jax.Array,
+        k_BxSxGxK: jax.Array,
+        v_BxSxGxK: jax.Array,
+        *,
+        mask: Mask,
+        mods: Mods,
+        q_pos: jax.Array | None = None,
+        k_pos: jax.Array | None = None,
+        dropout: float = 0.0,
+    ) -> jax.Array:
+        """(B, L, H, K); `q_pos` and `k_pos` are the indices that the mask goes by."""
+        return attention(
+            q_BxLxHxK,
+            k_BxSxGxK,
+            v_BxSxGxK,
+            mask=mask,
+            score_mod=mods.score_mod,
+            prob_mod=mods.prob_mod,
+            aux=mods.aux,
+            q_pos=q_pos,
+            k_pos=k_pos,
+            dropout=(dropout, self.make_rng("dropout")) if dropout else None,
+        )
+
+
+class Scores(nn.Module):
+    """Q K^T / sqrt(K) in float32: (B, H, L, S)."""
+
+    def __call__(self, q_BxLxHxK: jax.Array, k_BxSxHxK: jax.Array) -> jax.Array:
+        equation = "BLHK,BSHK->BHLS"
+        s = jnp.einsum(equation, q_BxLxHxK, k_BxSxHxK, preferred_element_type=jnp.float32)
+        return s / math.sqrt(q_BxLxHxK.shape[-1])
+
+
+class Softmax(nn.Module):
+    """Softmax over the keys that are `visible`, in float32; a row without any is 0."""
+
+    def __call__(self, s_BxHxLxS: jax.Array, visible: jax.Array) -> jax.Array:
+        s = jnp.where(visible, s_BxHxLxS.astype(jnp.float32), -jnp.inf)
+        most = s.max(-1, keepdims=True)
+        p = jnp.exp(s - jnp.where(jnp.isfinite(most), most, 0.0))
+        total = p.sum(-1, keepdims=True)
+        return p / jnp.where(total == 0, 1.0, total)
+
+
+class Mix(nn.Module):
+    """P V: (B, L, H, K), accumulated in float32 and returned in the dtype of V."""
+
+    def __call__(self, p_BxHxLxS: jax.Array, v_BxSxHxK: jax.Array) -> jax.Array:
+        p_BxHxLxS = p_BxHxLxS.astype(v_BxSxHxK.dtype)
+        return jnp.einsum("BHLS,BSHK->BLHK", p_BxHxLxS, v_BxSxHxK)
+
+
+class Unfused(nn.Module):
+    """The same attention as `Fused` with every step a module; memory is quadratic."""
+
+    @nn.compact
+    def __call__(
+        self,
+        q_BxLxHxK: jax.Array,
+        k_BxSxGxK: jax.Array,
+        v_BxSxGxK: jax.Array,
+        *,
+        mask: Mask,
+        mods: Mods,
+        q_pos: jax.Array | None = None,
+        k_pos: jax.Array | None = None,
+        dropout: float = 0.0,
+    ) -> jax.Array:
+        """(B, L, H, K); `q_pos` and `k_pos` are the indices that the mask goes by."""
+        batch, length, heads, _ = q_BxLxHxK.shape
+        sizes = ops.Sizes(batch, heads, length, k_BxSxGxK.shape[1])
+        whole = ops.Block.whole(sizes)
+        rows, columns = (
+            positions_operand(q_pos, PerQ, sizes),
+            positions_operand(k_pos, PerK, sizes),
+        )
+        at = ops.indices(sizes, whole, rows, columns)
+        aux = ops.read(ops.prepare(mods.aux or {}, sizes, sizes), whole)
+        visible = dense(mask, *sizes, q_pos, k_pos)
+        groups = heads // k_BxSxGxK.shape[2]
+        k_BxSxHxK, v_BxSxHxK = (jnp.repeat(x, groups, axis=2) for x in (k_BxSxGxK, v_BxSxGxK))
+
+        s_BxHxLxS = Scores(name="scores")(q_BxLxHxK, k_BxSxHxK)
+        if mods.score_mod is not None:
+            s_BxHxLxS = mods.score_mod(s_BxHxLxS, at, aux)
+        p_BxHxLxS = Softmax(name="softmax")(s_BxHxLxS, visible)
+        if mods.prob_mod is not None:
+            p_BxHxLxS = jnp.where(visible, mods.prob_mod.fn(p_BxHxLxS, at, aux), 0.0)
+        if dropout:
+            p_BxHxLxS = drop(p_BxHxLxS, dropout, seed_of(self.make_rng("dropout")), at)
+        return Mix(name="mix")(p_BxHxLxS, v_BxSxHxK)
+
+
+class Attention(nn.Module):
+    """Multi-head softmax attention, a `jaxformer.nn.block.Mixer`.
+
+    Query head h reads key-value head h // (heads / kv_heads). The head size defaults to
+    width / heads. `position` acts inside (`RoPE`, `ALiBi`); `dropout` is that of probabilities.
+
+    Raises:
+        ConfigError: heads do not divide the width, or kv_heads the heads.
+    """
+
+    heads: int
+    kv_heads: int | None = None
+    head_size: int | None = None
+    position: Make = Make(Position)
+    use_bias: bool = True
+    dropout: float = 0.0
+    core: Make = Make(Fused)
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        kv_BxSxD: jax.Array | None = None,
+        *,
+        mask: Mask,
+        positions: jax.Array | None = None,
+        train: bool = False,
+        decode: bool = False,
+    ) -> jax.Array:
+        width = x_BxLxD.shape[-1]
+        kv_heads, head_size = head_sizes(width, self.heads, self.kv_heads, self.head_size)
+
+        def project(x: jax.Array, heads: int, name: str) -> jax.Array:
+            return Einsum("...D,DHK->...HK", (heads, head_size), self.use_bias, name=name)(x)
+
+        source_BxSxD = x_BxLxD if kv_BxSxD is None else kv_BxSxD
+        q_BxLxHxK = project(x_BxLxD, self.heads, "query")
+        k_BxSxGxK = project(source_BxSxD, kv_heads, "key")
+        v_BxSxGxK = project(source_BxSxD, kv_heads, "value")
+
+        position = self.position(name="position")
+        at_L = stream_positions(self, x_BxLxD, positions, decode)
+        at_S = at_L if kv_BxSxD is None else jnp.arange(source_BxSxD.shape[1])
+        q_BxLxHxK, k_BxSxGxK = position.rotate(q_BxLxHxK, at_L), position.rotate(k_BxSxGxK, at_S)
+
+        q_pos = k_pos = None
+        if decode and kv_BxSxD is None:
+            k_BxSxGxK, v_BxSxGxK = KVCache(name="kv_cache")(k_BxSxGxK, v_BxSxGxK, at_L)
+            q_pos, k_pos = at_L, jnp.arange(k_BxSxGxK.shape[1], dtype=jnp.int32)
+            mask = mask & KeyPadding(at_L[:, -1] + 1)
+        given = positions is not None
+        y_BxLxHxK = self.core(name="core")(
+            q_BxLxHxK,
+            k_BxSxGxK,
+            v_BxSxGxK,
+            mask=mask,
+            mods=position.mods(self.heads, at_L if given else None, at_S if given else None),
+            q_pos=q_pos,
+            k_pos=k_pos,
+            dropout=self.dropout if train else 0.0,
+        )
+        return Einsum("...HK,HKD->...D", (width,), self.use_bias, name="out")(y_BxLxHxK)
+
+
+def head_sizes(
+    width: int, heads: int, kv_heads: int | None = None, head_size: int | None = None
+) -> tuple[int, int]:
+    """(key-value heads, head size), with their defaults filled in.
+
+    Raises:
+        ConfigError: heads do not divide the width, or kv_heads the heads.
+    """
+    if head_size is None and (heads < 1 or width % heads):
+        raise ConfigError(
+            f"model.heads={heads}: must divide the width {width} (allowed: {_divisors(width)}), "
+            "or give model.head_size"
+        )
+    kv_heads = heads if kv_heads is None else kv_heads
+    if kv_heads < 1 or heads % kv_heads:
+        raise ConfigError(
+            f"model.kv_heads={kv_heads}: must divide the {heads} heads "
+            f"(allowed: {_divisors(heads)})"
+        )
+    return kv_heads, width // heads if head_size is None else head_size
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(i) for i in range(1, n + 1) if n % i == 0)

@@ -1,0 +1,191 @@
+"""Residual blocks and stacks of them. What a block is made of is passed in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxformer.kernels.attention import Mask
+from jaxformer.nn.dropout import Dropout
+from jaxformer.nn.make import Make
+from jaxformer.nn.norm import LayerNorm
+from jaxformer.parallel.sharding import constrain
+from jaxformer.recipe import ConfigError
+
+
+class Mixer(Protocol):
+    """A part that moves information between positions."""
+
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        kv_BxSxD: jax.Array | None = None,
+        *,
+        mask: Mask,
+        positions: jax.Array | None = None,
+        train: bool = False,
+        decode: bool = False,
+    ) -> jax.Array:
+        """Read from x itself or from `kv`; (B, L, D).
+
+        With decode=True, x continues the sequence that the collection "cache" has read so far.
+        A mixer that cannot raises `jaxformer.nn.cache.DecodeUnsupported`.
+        """
+        ...
+
+
+class Residual(nn.Module):
+    """How a branch joins the stream; abstract. `layer_scale` starts as that number.
+
+    Dropout acts on the output of the branch, `drop_path` drops the branch for whole rows
+    (Huang et al. 2016, arXiv 1603.09382), layer scale is of Touvron et al. 2021, arXiv 2103.17239.
+    """
+
+    norm: Make = Make(LayerNorm)
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    layer_scale: float | None = None
+
+    def join(self, x_BxLxD: jax.Array, y_BxLxD: jax.Array, *, train: bool) -> jax.Array:
+        """Add the branch's output y to the stream, whose dtype is kept."""
+        y_BxLxD = Dropout(self.dropout, name="dropout")(y_BxLxD, train=train)
+        if self.layer_scale is not None:
+            init = jax.nn.initializers.constant(self.layer_scale)
+            gain = self.param("layer_scale", init, x_BxLxD.shape[-1:], jnp.float32)
+            y_BxLxD = y_BxLxD * gain.astype(y_BxLxD.dtype)
+        y_BxLxD = Dropout(self.drop_path, shared=(1, 2), name="drop_path")(y_BxLxD, train=train)
+        return x_BxLxD + y_BxLxD.astype(x_BxLxD.dtype)
+
+
+Branch = Callable[[jax.Array], jax.Array]
+
+
+class PreNorm(Residual):
+    """x + branch(norm(x))."""
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, branch: Branch, *, train: bool) -> jax.Array:
+        return self.join(x_BxLxD, branch(self.norm(name="norm")(x_BxLxD)), train=train)
+
+
+class PostNorm(Residual):
+    """norm(x + branch(x)), as in the first Transformer."""
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, branch: Branch, *, train: bool) -> jax.Array:
+        return self.norm(name="norm")(self.join(x_BxLxD, branch(x_BxLxD), train=train))
+
+
+class Block(nn.Module):
+    """A mixer, then an MLP, each on a residual branch."""
+
+    mixer: Make
+    mlp: Make
+    residual: Make = Make(PreNorm)
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        kv_BxSxD: jax.Array | None = None,
+        *,
+        mask: Mask,
+        positions: jax.Array | None = None,
+        train: bool = False,
+        decode: bool = False,
+    ) -> jax.Array:
+        mixer, mlp = self.mixer(name="mixer"), self.mlp(name="mlp")
+
+        def mix(y_BxLxD: jax.Array) -> jax.Array:
+            options = {"positions": positions, "train": train, "decode": decode}
+            return mixer(y_BxLxD, kv_BxSxD, mask=mask, **options)
+
+        def feed(y_BxLxD: jax.Array) -> jax.Array:
+            return mlp(y_BxLxD, train=train)
+
+        x_BxLxD = self.residual(name="mixer_residual")(x_BxLxD, mix, train=train)
+        x_BxLxD = self.residual(name="mlp_residual")(x_BxLxD, feed, train=train)
+        return constrain(x_BxLxD, ("batch", "length", "embed"))
+
+
+class Stack(nn.Module):
+    """Blocks one after another, each with parameters of its own: "block_0", "block_1", ...
+
+    `remat` recomputes each block in the backward pass instead of keeping its activations. All
+    arguments after the stream reach every block.
+    """
+
+    blocks: tuple[Make, ...]
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        def call(block: nn.Module, x_BxLxD: jax.Array) -> jax.Array:
+            return block(x_BxLxD, *args, **kwargs)
+
+        call = nn.remat(call) if self.remat else call
+        for i, block in enumerate(self.blocks):
+            x_BxLxD = call(block(name=f"block_{i}"), x_BxLxD)
+        return x_BxLxD
+
+
+class ScannedStack(nn.Module):
+    """`Stack((block,) * depth)` as one loop: compile time does not grow with depth.
+
+    The variables of all layers lie along a first axis, under "blocks"; `stack_layers` and
+    `unstack_layers` convert. Interceptions see one block for all layers.
+    """
+
+    block: Make
+    depth: int
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        def call(block: nn.Module, x_BxLxD: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return block(x_BxLxD, *args, **kwargs), None
+
+        # A loop body is not merged with its recomputation, so the guard against it is not needed.
+        call = nn.remat(call, prevent_cse=False) if self.remat else call
+        scan = nn.scan(call, variable_axes={True: 0}, split_rngs={True: True}, length=self.depth)
+        return scan(self.block(name="blocks"), x_BxLxD, None)[0]
+
+
+def stack_layers(tree: Any) -> Any:
+    """Variables of every `Stack` in the tree as those of a `ScannedStack`.
+
+    Raises:
+        ConfigError: the blocks of a stack differ in structure or shapes.
+    """
+    if not isinstance(tree, Mapping):
+        return tree
+    layers = sorted((k for k in tree if re.fullmatch(r"block_\d+", k)), key=lambda k: int(k[6:]))
+    rest = {name: stack_layers(child) for name, child in tree.items() if name not in layers}
+    if not layers:
+        return rest
+    try:
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *(stack_layers(tree[k]) for k in layers))
+    except ValueError as error:
+        raise ConfigError(
+            f"stack_layers: {layers[0]} .. {layers[-1]} differ in structure or shapes and cannot "
+            f"be scanned; keep them unrolled ({' '.join(str(error).split())[:200]})"
+        ) from error
+    return {**rest, "blocks": stacked}
+
+
+def unstack_layers(tree: Any) -> Any:
+    """Variables of every `ScannedStack` in the tree as those of a `Stack`."""
+    if not isinstance(tree, Mapping):
+        return tree
+    rest = {name: unstack_layers(child) for name, child in tree.items() if name != "blocks"}
+    if "blocks" not in tree:
+        return rest
+    stacked = unstack_layers(tree["blocks"])
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+    layers = {f"block_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(depth)}
+    return {**rest, **layers}

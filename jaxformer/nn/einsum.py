@@ -1,0 +1,98 @@
+"""`Einsum`: the one module in which an activation meets a weight matrix."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Initializer = jax.nn.initializers.Initializer
+
+
+class Axes(NamedTuple):
+    """The named axes of an equation; further leading axes of x and the output are an ellipsis."""
+
+    x: str
+    kernel: str
+    out: str
+
+    @classmethod
+    def of(cls, equation: str) -> Axes:
+        """Read "...D,DHK->...HK"; the ellipsis may be left out."""
+        match = re.fullmatch(r"(\.{3})?([A-Za-z]+),([A-Za-z]+)->(\.{3})?([A-Za-z]+)", equation)
+        if match is None or match[1] != match[4]:
+            raise ValueError(
+                f"Einsum.equation={equation!r}: must read like '...D,DHK->...HK', x then kernel"
+            )
+        return cls(match[2], match[3], match[5])
+
+    @property
+    def bias(self) -> str:
+        return "".join(axis for axis in self.out if axis in self.kernel)
+
+
+class Einsum(nn.Module):
+    """`einsum(equation, x, kernel) + bias`: the equation names what is contracted.
+
+    `Einsum("...D,DHK->...HK", (8, 64))` maps a width to 8 heads of 64. Axes of the kernel that x
+    has (D) take their sizes from it, the others (H, K) from `features`, in the kernel's order.
+    Axes of the kernel in both x and the output are separate maps. The fan-in of the initialiser
+    is the product of the contracted axes; the bias has the kernel's axes that are in the output.
+
+    Parameters are float32. The product is computed in `dtype`, by default that of x, so that the
+    dtype of the residual stream decides; `out_dtype=float32` keeps the accumulator's precision.
+    """
+
+    equation: str
+    features: tuple[int, ...]
+    use_bias: bool = True
+    dtype: Any = None
+    out_dtype: Any = None
+    kernel_init: Initializer | None = None  # None: normal, variance 1 / fan-in
+    bias_init: Initializer = jax.nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        axes = Axes.of(self.equation)
+        sizes = dict(zip(reversed(axes.x), reversed(x.shape), strict=False))
+        new = [axis for axis in axes.kernel if axis not in axes.x]
+        sizes.update(zip(new, self.features, strict=True))
+        kernel_init = self.kernel_init or fan_in_normal(self.equation)
+        kernel_shape = tuple(sizes[axis] for axis in axes.kernel)
+        kernel = self.param("kernel", kernel_init, kernel_shape, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias_shape = tuple(sizes[axis] for axis in axes.bias)
+            bias = self.param("bias", self.bias_init, bias_shape, jnp.float32)
+        return self.contract(x, kernel, bias)
+
+    def contract(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """The map with its operands in view: what quantisers and relevance rules intercept."""
+        dtype = self.dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32)
+        y = jnp.einsum(
+            self.equation,
+            x.astype(dtype),
+            kernel.astype(dtype),
+            preferred_element_type=self.out_dtype,
+        )
+        if bias is None:
+            return y
+        axes = Axes.of(self.equation)
+        sizes = iter(bias.shape)
+        aligned = tuple(next(sizes) if axis in axes.kernel else 1 for axis in axes.out)
+        return y + bias.reshape(aligned).astype(y.dtype)
+
+
+def fan_in_normal(equation: str, scale: float = 1.0) -> Initializer:
+    """A truncated normal of variance scale / fan-in, the fan-in read from the equation."""
+    axes = Axes.of(equation)
+    role: dict[str, list[int]] = {"in": [], "out": [], "batch": []}
+    for i, axis in enumerate(axes.kernel):
+        shared = axis in axes.x and axis in axes.out
+        role["batch" if shared else "in" if axis in axes.x else "out"].append(i)
+    return jax.nn.initializers.variance_scaling(
+        scale, "fan_in", "truncated_normal", role["in"], role["out"], role["batch"]
+    )

@@ -1,0 +1,163 @@
+"""Position schemes: on the residual stream (`AddPosition`), or inside attention (`Position`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxformer.kernels.attention import (
+    Operand,
+    PerHead,
+    PerK,
+    PerQ,
+    ProbMod,
+    ScoreMod,
+)
+from jaxformer.nn.cache import count_positions
+from jaxformer.recipe import ConfigError
+
+
+def stream_positions(
+    module: nn.Module, x_BxLxD: jax.Array, positions: jax.Array | None, decode: bool
+) -> jax.Array:
+    """Positions (L,) or (B, L) of a stream: as given, counted while decoding, or 0, 1, 2, ..."""
+    batch, length = x_BxLxD.shape[:2]
+    if decode:
+        if positions is not None:
+            raise ValueError("positions: decode=True counts them itself; pass None")
+        return count_positions(module, batch, length)
+    return jnp.arange(length, dtype=jnp.int32) if positions is None else positions
+
+
+class LearnedPosition(nn.Module):
+    """Adds row p of a learned table (length, D) at position p.
+
+    Raises:
+        ConfigError: the sequence is longer than the table.
+    """
+
+    length: int
+
+    @nn.compact
+    def __call__(
+        self, x_BxLxD: jax.Array, positions: jax.Array | None = None, *, decode: bool = False
+    ) -> jax.Array:
+        length, width = x_BxLxD.shape[1:]
+        if length > self.length:
+            raise ConfigError(
+                f"LearnedPosition.length={self.length}: shorter than a sequence of {length}; "
+                f"give at least {length}"
+            )
+        init = jax.nn.initializers.normal(0.02)
+        table = self.param("table", init, (self.length, width), jnp.float32)
+        at = stream_positions(self, x_BxLxD, positions, decode)
+        return x_BxLxD + jnp.take(table.astype(x_BxLxD.dtype), at, axis=0)
+
+
+class SinusoidalPosition(nn.Module):
+    """Adds sin(p w_i) and cos(p w_i), w_i = base^(-2i/D) (Vaswani et al. 2017, section 3.5).
+
+    Sines fill the first half of the width and cosines the second.
+    """
+
+    base: float = 10000.0
+
+    @nn.compact
+    def __call__(
+        self, x_BxLxD: jax.Array, positions: jax.Array | None = None, *, decode: bool = False
+    ) -> jax.Array:
+        at = stream_positions(self, x_BxLxD, positions, decode)
+        angles = _angles(at, x_BxLxD.shape[-1], self.base)
+        code = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+        return x_BxLxD + code.astype(x_BxLxD.dtype)
+
+
+class Mods(NamedTuple):
+    """What `jaxformer.kernels.attention.attention` takes to change scores and probabilities."""
+
+    score_mod: ScoreMod | None = None
+    prob_mod: ProbMod | None = None
+    aux: Mapping[str, Operand] | None = None
+
+
+class Position(nn.Module):
+    """A scheme that acts inside attention: on queries and keys, or on scores and probabilities."""
+
+    def rotate(self, x_BxLxHxK: jax.Array, positions: jax.Array) -> jax.Array:
+        """Queries or keys at `positions`, (L,) or (B, L)."""
+        del positions
+        return x_BxLxHxK
+
+    def mods(self, heads: int, q_pos: jax.Array | None, k_pos: jax.Array | None) -> Mods:
+        """Changes of scores and probabilities.
+
+        `q_pos` (L,) or (B, L) and `k_pos` likewise are given where positions are not the indices
+        that masks go by.
+        """
+        del heads, q_pos, k_pos
+        return Mods()
+
+
+class RoPE(Position):
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), eq. 34: component i pairs with i + K/2.
+
+    Raises:
+        ConfigError: the head size is odd.
+    """
+
+    base: float = 10000.0
+
+    def rotate(self, x_BxLxHxK: jax.Array, positions: jax.Array) -> jax.Array:
+        head_size = x_BxLxHxK.shape[-1]
+        if head_size % 2:
+            raise ConfigError(f"model.head_size={head_size}: RoPE needs an even head size")
+        angles = _angles(positions, head_size, self.base)[..., None, :]
+        sin, cos = jnp.sin(angles), jnp.cos(angles)
+        first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.concatenate(turned, -1).astype(x_BxLxHxK.dtype)
+
+
+class ALiBi(Position):
+    """Adds -slope_h |q - k| to the scores (Press et al. 2021, arXiv 2108.12409)."""
+
+    def mods(self, heads: int, q_pos: jax.Array | None, k_pos: jax.Array | None) -> Mods:
+        aux = {"slope": PerHead(jnp.asarray(alibi_slopes(heads)))}
+        if q_pos is None:
+            return Mods(_alibi_by_index, aux=aux)
+        aux |= {"q": PerQ(q_pos[..., None, :]), "k": PerK(k_pos[..., None, :])}
+        return Mods(_alibi_by_position, aux=aux)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """(H,) float32: 2^(-8i/H) for i = 1..H where H is a power of two.
+
+    Otherwise those of the next lower power of two, then every other one of the next higher.
+    """
+
+    def powers(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * i / n) for i in range(1, n + 1)]
+
+    lower = 2 ** int(math.log2(heads))
+    return np.asarray(powers(lower) + powers(2 * lower)[0::2][: heads - lower], np.float32)
+
+
+def _alibi_by_index(score: jax.Array, at: Any, aux: Mapping[str, jax.Array]) -> jax.Array:
+    return score - aux["slope"] * jnp.abs(at.q - at.k)
+
+
+def _alibi_by_position(score: jax.Array, at: Any, aux: Mapping[str, jax.Array]) -> jax.Array:
+    del at
+    return score - aux["slope"] * jnp.abs(aux["q"] - aux["k"])
+
+
+def _angles(positions: jax.Array, size: int, base: float) -> jax.Array:
+    """(..., size / 2) float32: position times frequency."""
+    frequency = base ** (-np.arange(0, size, 2) / size)
+    return positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)

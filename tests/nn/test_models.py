@@ -1,0 +1,283 @@
+"""The plain models: decoding, layer stacks, precision, padding, interception, validation."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from jaxformer.models.encoder import feature_classifier, token_classifier
+from jaxformer.models.lm import decoder_lm
+from jaxformer.models.transformer import Transformer
+from jaxformer.models.vit import vit
+from jaxformer.nn.attention import Fused, Mix, Scores, Softmax, Unfused
+from jaxformer.nn.block import stack_layers, unstack_layers
+from jaxformer.nn.cache import DecodeUnsupported
+from jaxformer.nn.einsum import Einsum
+from jaxformer.nn.make import Make, swap
+from jaxformer.nn.norm import Norm
+from jaxformer.recipe import ConfigError
+from jaxformer.tasks import linen
+
+KEY = jax.random.key(0)
+TOKENS = jax.random.randint(jax.random.key(1), (2, 9), 0, 13)
+SMALL = Transformer(width=16, depth=2, heads=4)
+
+
+def small_lm(tied=True, mixer=None, **changes):
+    trunk = dataclasses.replace(SMALL, **changes)
+    return decoder_lm(trunk, vocabulary=13, length=12, tied=tied, mixer=mixer)
+
+
+def random_like(tree, scale=0.3):
+    """Parameters without zeros or ones, so that every one of them matters."""
+    leaves, structure = jax.tree.flatten(tree)
+    draw = np.random.default_rng(0)
+    return structure.unflatten([np.float32(draw.normal(0, scale, x.shape)) for x in leaves])
+
+
+def random_params(model, inputs):
+    return random_like(jax.eval_shape(lambda: model.init(KEY, inputs))["params"])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        small_lm(),
+        small_lm(position="rope", kv_heads=2, norm="rmsnorm", mlp="swiglu", tied=False),
+        small_lm(position="alibi", order="post", use_bias=False),
+        small_lm(position="sinusoidal", scan=True),
+    ],
+    ids=["learned", "rope, grouped", "alibi, post-norm", "sinusoidal, scanned"],
+)
+def test_cached_decoding_equals_the_whole_sequence(model):
+    params = random_params(model, TOKENS)
+    whole = jax.jit(lambda params: model.apply({"params": params}, TOKENS))(params)
+    read = jax.jit(lambda cache, tokens: linen.decode(model, params, {}, cache, tokens))
+    cache = linen.start_cache(model, 2, 9)
+    parts = []
+    for part in (TOKENS[:, :4], *jnp.split(TOKENS[:, 4:], 5, axis=1)):
+        logits, cache = read(cache, part)
+        parts.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5, rtol=1e-5)
+
+
+def test_scanned_and_rematerialised_equal_unrolled():
+    unrolled, scanned = small_lm(), small_lm(scan=True)
+    params = random_params(unrolled, TOKENS)
+    stacked = stack_layers(params)
+    abstract = jax.eval_shape(lambda: scanned.init(KEY, TOKENS))["params"]
+    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, abstract)
+    jax.tree.map(np.testing.assert_array_equal, unstack_layers(stacked), params)
+
+    def loss(model):
+        score = lambda p: jnp.square(model.apply({"params": p}, TOKENS)).mean()
+        return jax.jit(jax.value_and_grad(score))
+
+    value, grad = loss(unrolled)(params)
+    for model in (scanned, small_lm(scan=True, remat=True)):
+        other, stacked_grad = loss(model)(stacked)
+        np.testing.assert_allclose(other, value, rtol=1e-5)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        jax.tree.map(close, unstack_layers(stacked_grad), grad)
+    other, remat_grad = loss(small_lm(remat=True))(params)
+    jax.tree.map(close, remat_grad, grad)
+
+
+def test_scanned_layers_start_different():
+    params = small_lm(scan=True).init(KEY, TOKENS)["params"]
+    kernel = params["stack"]["blocks"]["mixer"]["query"]["kernel"]
+    assert float(abs(kernel[0] - kernel[1]).max()) > 0.1
+
+
+def test_different_blocks_cannot_be_stacked():
+    params = random_params(small_lm(), TOKENS)
+    del params["stack"]["block_1"]["mlp"]["up"]["bias"]
+    with pytest.raises(ConfigError, match=r"stack_layers: block_0 \.\. block_1 differ"):
+        stack_layers(params)
+
+
+def test_gpt2_small_has_its_parameter_count():
+    model = decoder_lm(Transformer(width=768, depth=12, heads=12), vocabulary=50257, length=1024)
+    params = jax.eval_shape(lambda: model.init(KEY, TOKENS))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 124_439_808
+
+
+def test_fused_and_unfused_models_agree_and_unfused_shows_every_step():
+    model = small_lm(position="rope")
+    opened = swap(model, Fused, Unfused)
+    params = random_params(model, TOKENS)
+    assert opened != model and swap(opened, Unfused, Fused) == swap(model, Unfused, Fused)
+    seen = {}
+
+    def watch(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if context.method_name == "__call__":
+            seen["/".join(context.module.path)] = (type(context.module), out)
+        return out
+
+    with nn.intercept_methods(watch):
+        logits = opened.apply({"params": params}, TOKENS)
+    np.testing.assert_allclose(logits, model.apply({"params": params}, TOKENS), atol=1e-5)
+    kinds = {path: kind for path, (kind, _) in seen.items()}
+    for i in range(2):
+        expected = {
+            **{f"mixer/{name}": Einsum for name in ("query", "key", "value", "out")},
+            **{"mlp/up": Einsum, "mlp/down": Einsum, "mixer/core/mix": Mix},
+            **{"mixer/core/scores": Scores, "mixer/core/softmax": Softmax},
+        }
+        assert (
+            expected.items()
+            <= {
+                path.removeprefix(f"stack/block_{i}/"): kind for path, kind in kinds.items()
+            }.items()
+        )
+    weights = seen["stack/block_1/mixer/core/softmax"][1]
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+
+
+def test_an_interception_can_change_both_operands_of_a_weight_matmul():
+    model = small_lm()
+    params = random_params(model, TOKENS)
+    halves = {"kernel": 0.5, "bias": 0.5}
+
+    def halve(call, args, kwargs, context):
+        if isinstance(context.module, Einsum) and context.method_name == "contract":
+            x, kernel, bias = args
+            args = (x, kernel * halves["kernel"], bias * halves["bias"])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(halve):
+        changed = model.apply({"params": params}, TOKENS)
+    half = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * halves[path[-1].key] if path[-2].key in _MATMULS else x, params
+    )
+    np.testing.assert_allclose(changed, model.apply({"params": half}, TOKENS), atol=1e-6)
+
+
+_MATMULS = ("query", "key", "value", "out", "up", "down")
+
+
+def test_bfloat16_compute_keeps_float32_where_it_matters():
+    model = swap(small_lm(dtype="bfloat16", tied=False), Fused, Unfused)
+    dtypes = {}
+
+    def watch(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        dtypes.setdefault(type(context.module), set()).add(jnp.result_type(out).name)
+        return out
+
+    with nn.intercept_methods(watch):
+        logits, variables = model.init_with_output(KEY, TOKENS)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
+    assert logits.dtype == jnp.float32
+    assert dtypes[Softmax] == dtypes[Scores] == {"float32"}
+    assert dtypes[Mix] == {"bfloat16"}
+    assert dtypes[Einsum] == {"bfloat16", "float32"}  # float32: the head's logits
+    norms = [kinds for module, kinds in dtypes.items() if issubclass(module, Norm)]
+    assert norms == [{"bfloat16"}]  # what is inside is tested with the norm itself
+    exact = small_lm(tied=False).apply(variables, TOKENS)
+    # Two layers of roundings of 2^-9 each on logits of order 1.
+    np.testing.assert_allclose(logits, exact, atol=0.06)
+
+
+def test_padding_changes_nothing():
+    classifier = token_classifier(SMALL, vocabulary=13, length=12, classes=3)
+    params = random_params(classifier, TOKENS)
+    run = jax.jit(
+        lambda tokens, valid: classifier.apply({"params": params}, tokens, valid_BxL=valid)
+    )
+    alone = run(TOKENS, jnp.ones((2, 9), bool))
+    padded = jnp.pad(TOKENS, ((0, 0), (0, 3)), constant_values=5)
+    valid = jnp.arange(12) < jnp.full((2, 1), 9)
+    np.testing.assert_allclose(run(padded, valid), alone, atol=1e-5)
+    assert float(abs(run(padded, jnp.ones((2, 12), bool)) - alone).max()) > 1e-3
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_vit_sees_every_patch_and_its_pool(pool):
+    model = vit(SMALL, image_size=8, patch=4, classes=3, pool=pool)
+    image = jax.random.normal(KEY, (2, 8, 8, 1))
+    params = random_params(model, image)
+    table = params["encoder"]["position"]["table"]
+    assert table.shape == ((5, 16) if pool == "token" else (4, 16))
+    gradient = jax.grad(lambda x: model.apply({"params": params}, x).sum())(image)
+    assert model.apply({"params": params}, image).shape == (2, 3)
+    assert (abs(gradient).max(axis=(0, 3)) > 0).all()
+
+
+def test_feature_classifier_reads_vectors():
+    model = feature_classifier(SMALL, length=5, classes=2)
+    logits, variables = model.init_with_output(KEY, jnp.ones((3, 5, 7)))
+    assert logits.shape == (3, 2)
+    assert variables["params"]["encoder"]["embed"]["kernel"].shape == (7, 16)
+
+
+class Average(nn.Module):
+    """A mixer without a decode state."""
+
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, kv=None, *, mask, positions=None, train=False, decode=False):
+        if decode:
+            raise DecodeUnsupported(self)
+        return self.gain * x.mean(1, keepdims=True) + 0 * x
+
+
+def test_any_mixer_fits_and_says_what_it_cannot():
+    model = small_lm(mixer=Make(Average, gain=2.0))
+    assert model.apply(model.init(KEY, TOKENS), TOKENS).shape == (2, 9, 13)
+    with pytest.raises(DecodeUnsupported, match="Average cannot decode step by step"):
+        linen.start_cache(model, 1, 4)
+    with pytest.raises(ConfigError, match=r"model\.position='rope': .* which Average replaces"):
+        small_lm(mixer=Make(Average), position="rope")
+
+
+def test_drop_path_grows_with_depth_and_needs_a_key_only_in_training():
+    model = small_lm(depth=3, drop_path=0.4, dropout=0.1)
+    rates = [dict(dict(b.arguments)["residual"].arguments)["drop_path"] for b in _blocks(model)]
+    np.testing.assert_allclose(rates, [0.0, 0.2, 0.4])
+    variables = model.init(KEY, TOKENS)
+    run = lambda key, train: model.apply(variables, TOKENS, train=train, rngs={"dropout": key})
+    assert float(abs(run(KEY, True) - run(jax.random.key(5), True)).max()) > 1e-3
+    np.testing.assert_array_equal(run(KEY, False), model.apply(variables, TOKENS))
+
+
+def _blocks(model):
+    return dict(model.stack.arguments)["blocks"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 3}, "model.heads=3: must divide the width 16 (allowed: 1, 2, 4, 8, 16)"),
+        ({"kv_heads": 3}, "model.kv_heads=3: must divide the 4 heads"),
+        ({"depth": 0}, "model.depth=0: must be at least 1"),
+        ({"mlp": "mish"}, "model.mlp='mish': must be one of gelu, gelu_tanh, relu, silu, swiglu"),
+        ({"position": "ropes"}, "model.position='ropes': must be one of learned, sinusoidal, none"),
+        ({"heads": 16, "position": "rope"}, "model.heads=16: gives a head size of 1"),
+        ({"dropout": 1.0}, "model.dropout=1.0: must be in [0, 1)"),
+        ({"scan": True, "drop_path": 0.1}, "model.scan=True: scanned blocks are alike"),
+        ({"dtype": "bf16"}, "model.dtype='bf16': must be one of float32, bfloat16"),
+    ],
+)
+def test_a_wrong_choice_is_named_with_what_is_allowed(changes, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        dataclasses.replace(SMALL, **changes)
+
+
+def test_vit_names_its_own_choices():
+    with pytest.raises(ConfigError, match=r"model\.patch=3: must divide model\.image_size=8"):
+        vit(SMALL, image_size=8, patch=3, classes=2)
+    with pytest.raises(ConfigError, match=r"model\.pool='max': must be one of token, mean"):
+        vit(SMALL, image_size=8, patch=4, classes=2, pool="max")
+
+
+def test_equal_configs_make_equal_models():
+    assert small_lm(position="rope") == small_lm(position="rope")
+    assert hash(small_lm()) == hash(small_lm())
+    assert small_lm() != small_lm(position="rope")
