@@ -59,7 +59,7 @@ class FlowUpdate:
             return jax.tree.map(jnp.negative, jax.grad(loss)(params))
 
         def arrived(t: Any, params: Params, args: Any, **_: Any) -> jax.Array:
-            return optax.global_norm(jax.grad(loss)(params)) <= self.converged
+            return optax.tree.norm(jax.grad(loss)(params)) <= self.converged
 
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
@@ -77,7 +77,7 @@ class FlowUpdate:
         value, gradient = jax.value_and_grad(loss)(params)
         metrics = {
             "loss": Mean.of(value),
-            "gradient_norm": Mean.of(optax.global_norm(gradient)),
+            "gradient_norm": Mean.of(optax.tree.norm(gradient)),
             "time": Mean.of(solution.ts[-1]),
             "nonfinite": Mean.of(~jnp.isfinite(value)),
         }

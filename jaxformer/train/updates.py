@@ -78,7 +78,7 @@ class GradientUpdate:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         extra = _without_average(state.extra)
         output, grads = self._gradient(state.params, extra, batch, step_key(state))
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         count = state.opt_state["count"]
         finite = jnp.isfinite(output.loss) & jnp.isfinite(norm)
 

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.data.base import Arrays, DeviceData, Epoch, FixedData, IndexedData, prefetch
+from jaxformer.data.base import (
+    Arrays,
+    Deferred,
+    DeviceData,
+    Epoch,
+    FixedData,
+    IndexedData,
+    prefetch,
+)
 from jaxformer.recipe import ConfigError, DrawsOnDevice
 
 
@@ -187,3 +195,38 @@ def test_closing_prefetch_ends_its_threads():
 def test_bad_input_is_named(make, says):
     with pytest.raises(ConfigError, match=says):
         make()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        IndexedData(numbers(9), 4, transforms=[jitter]),
+        Epoch(numbers(9), 4),
+        FixedData({"x": np.zeros((4, 2), np.int32)}),
+        DeviceData(draw_rows, 4),
+    ],
+    ids=lambda data: type(data).__name__,
+)
+def test_spec_is_the_shape_of_every_batch(data):
+    batch = data.batch(0)
+    assert batch.keys() == data.spec().keys()
+    for name, spec in data.spec().items():
+        assert (spec.shape, spec.dtype) == (batch[name].shape, batch[name].dtype)
+
+
+def test_deferred_data_reads_nothing_before_its_first_batch():
+    made = []
+
+    def make():
+        made.append(1)
+        return Epoch(numbers(9), 4)
+
+    row = {"x": ((), np.int64), "weight": ((), np.float32)}
+    data = Deferred(make, 4, row)
+    assert data.spec()["x"].shape == (4,) and not made
+    assert_equal(data.batch(1, slice(1, 3)), Epoch(numbers(9), 4).batch(1, slice(1, 3)))
+    assert len(data) == 3 and len(made) == 1
+    with pytest.raises(
+        ConfigError, match=r"'x' is int64\(\) in the files, the config says float32"
+    ):
+        Deferred(make, 4, {"x": ((), np.float32)}).batch(0)
