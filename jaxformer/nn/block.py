@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Mask
 from jaxformer.nn.dropout import Dropout
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
 from jaxformer.parallel.sharding import constrain
-from jaxformer.recipe import ConfigError
 
 
 class Mixer(Protocol):
