@@ -38,7 +38,7 @@ def get_config(preset: str) -> ConfigDict:
         "pairs": 16,  # of recall
         "patch": 2,  # of digits
     }
-    config.sample = {"prompt": "def ", "length": 300, "temperature": 0.7}
+    config.sample = {"prompt": "def ", "length": 200, "temperature": 0.7}
     config.optim.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1, final=0.1)
     config.optim.clip = 1.0
     if preset == "tiny":

@@ -61,7 +61,7 @@ def language_model(config: ConfigDict) -> DecoderLM:
     return decoder_lm(
         trunk(model),
         vocabulary=model.vocabulary,
-        length=max(config.data.length, 1024),
+        length=config.data.length,
         tied=model.tied,
         mixer=mixer(model),
     )
