@@ -39,7 +39,7 @@ def base(paper: str) -> ConfigDict:
                 "weight_decay": 0.0,
                 "clip": 1.0,  # of the global gradient norm; 0: none
             },
-            "update": {"accumulate": 1, "ema": 0.0},  # micro-batches per step; EMA decay, 0: none
+            "gradient": {"accumulate": 1, "ema": 0.0},  # micro-batches per step; EMA decay, 0: none
             "fit": {
                 "log_every": 20,
                 "checkpoint_every": 0,  # steps; 0: by time and at phase ends only

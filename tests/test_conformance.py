@@ -157,7 +157,7 @@ def test_seed_decides(slug):
 @every_paper
 def test_micro_batches(slug):
     """Four micro-batches give the step of the whole batch."""
-    whole, parts = recipe_of(slug), recipe_of(slug, update__accumulate=4)
+    whole, parts = recipe_of(slug), recipe_of(slug, gradient__accumulate=4)
     if whole.phases[0].data is None:
         pytest.skip("the loss reads no batch")
     assert_same(*(first_steps(r, one_device()) for r in (parts, whole)), tolerance=2e-5)

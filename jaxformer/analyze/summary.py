@@ -44,8 +44,8 @@ def describe(recipe: Recipe, mesh: Mesh | AbstractMesh) -> str:
                 "phase": phase.name,
                 "steps": phase.steps,
                 "update": type(phase.update).__name__ if phase.update else "-",
-                "data": type(phase.data).__name__ if phase.data else "-",
-                "batch": phase.data.batch_size if phase.data else "-",
+                "data": type(phase.data).__name__ if phase.data is not None else "-",
+                "batch": phase.data.batch_size if phase.data is not None else "-",
             }
         )
         work.append(_work(phase, state))
@@ -85,7 +85,7 @@ def _work(phase: Any, state: Any) -> dict[str, Any]:
     """FLOPs per step of a phase and its memory: state and gradients exactly, no activations."""
     row: dict[str, Any] = {"phase": phase.name}
     if phase.update is not None and phase.steps:
-        batch = phase.data.spec() if phase.data else {}
+        batch = phase.data.spec() if phase.data is not None else {}
         flops = count(lambda s, b: phase.update(s, on_device(phase.data, b)), state, batch)
         row["GFLOP/step"] = flops / 1e9
     row["state MiB/device"] = _local_bytes(state) / 2**20

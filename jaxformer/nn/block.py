@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Mask
 from jaxformer.nn.dropout import Dropout
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
 from jaxformer.parallel.sharding import constrain
-from jaxformer.recipe import ConfigError
 
 
 class Mixer(Protocol):
@@ -82,11 +82,12 @@ class PostNorm(Residual):
 
 
 class Block(nn.Module):
-    """A mixer, then an MLP, each on a residual branch."""
+    """A mixer, then an MLP, each on a residual branch; `mlp_residual` where theirs differ."""
 
     mixer: Make
     mlp: Make
     residual: Make = Make(PreNorm)
+    mlp_residual: Make | None = None
 
     @nn.compact
     def __call__(
@@ -109,7 +110,8 @@ class Block(nn.Module):
             return mlp(y_BxLxD, train=train)
 
         x_BxLxD = self.residual(name="mixer_residual")(x_BxLxD, mix, train=train)
-        x_BxLxD = self.residual(name="mlp_residual")(x_BxLxD, feed, train=train)
+        mlp_residual = self.mlp_residual or self.residual
+        x_BxLxD = mlp_residual(name="mlp_residual")(x_BxLxD, feed, train=train)
         return constrain(x_BxLxD, ("batch", "length", "embed"))
 
 

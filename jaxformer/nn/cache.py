@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.recipe import ConfigError
+from jaxformer.errors import ConfigError
 
 
 class DecodeUnsupported(ConfigError):
@@ -24,13 +24,18 @@ class DecodeUnsupported(ConfigError):
         )
 
 
-def count_positions(module: nn.Module, batch: int, length: int) -> jax.Array:
-    """Absolute positions (B, L) of the next `length` tokens, which are thereby counted as read."""
-    if not (module.is_initializing() or module.has_variable("cache", "index")):
+def require_cache(module: nn.Module, name: str) -> None:
+    """Raise `ConfigError` where decoding goes on from a variable that nobody started."""
+    if not (module.is_initializing() or module.has_variable("cache", name)):
         raise ConfigError(
             f"{'/'.join(module.path)}: decode=True without a cache; start one with "
             "jaxformer.tasks.linen.start_cache"
         )
+
+
+def count_positions(module: nn.Module, batch: int, length: int) -> jax.Array:
+    """Absolute positions (B, L) of the next `length` tokens, which are thereby counted as read."""
+    require_cache(module, "index")
     index = module.variable("cache", "index", jnp.zeros, (batch,), jnp.int32)
     start = index.value
     if not module.is_initializing():

@@ -21,8 +21,8 @@ Rule = tuple[str, str]  # (regex over the end of a leaf's name, logical axes)
 # "a b -> c" reads: a map that contracts axes a, b and produces c. Optimiser state and averaged
 # parameters follow, because their names end with the parameter's name.
 PARAMETER_RULES: tuple[Rule, ...] = (
-    (r"(query|key|value|query_key_value)/kernel$", "embed -> heads head"),
-    (r"attention/out/kernel$", "heads head -> embed"),
+    (r"(query|key|value)/kernel$", "embed -> heads head"),
+    (r"(^|/)out/kernel$", "heads head -> embed"),
     (r"(up|gate)/kernel$", "embed -> mlp"),
     (r"down/kernel$", "mlp -> embed"),
     (r"embed/table$", "vocab embed"),

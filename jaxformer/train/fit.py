@@ -167,15 +167,17 @@ class _Run:
     def _steps(self, phase: Phase, index: int, end: int) -> None:
         """Step until `end`; evaluate, save and leave on the way where that is due."""
         step = step_function(phase, self.abstract[index + 1], self.mesh)
-        window = _Window()
+        window, guard = _Window(), "allow"
         pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         with contextlib.closing(self._batches(phase, self.step - end + phase.steps)) as batches:
             while self.step < end:
                 batch = next(batches)
                 # Placing batches and fetching metrics are explicit; anything else that would
-                # cross between host and device inside a step is a bug, and raises.
-                with jax.transfer_guard("disallow"):
+                # cross between host and device inside a step is a bug, and raises. Tracing, in
+                # the first call, may make constants.
+                with jax.transfer_guard(guard):
                     self.state, metrics = step(self.state, batch)
+                guard = "disallow"
                 self.step += 1
                 pending.append((self.step, metrics))
                 # Metrics are read one step late: while the device works on this step the host

@@ -211,8 +211,8 @@ def gradient():
     task = model.InContextRegression(LAMBDA, N, sigma=0.1)
 
     def measure(params):
-        loss = lambda p, b: task.loss(p, {}, b, key=jax.random.key(0), train=True).loss  # noqa: E731
-        flat = lambda b: jax.flatten_util.ravel_pytree(jax.grad(loss)(params, b))[0]  # noqa: E731
+        loss = lambda p, b: task.loss(p, {}, b, key=jax.random.key(0), train=True).loss
+        flat = lambda b: jax.flatten_util.ravel_pytree(jax.grad(loss)(params, b))[0]
         mean, error = sample(flat, PROMPTS, chunks=20)
         return np.abs(mean) / (error + 1e-12)
 

@@ -120,7 +120,7 @@ def test_build_reads_a_config():
         built = optim.build(config, 10)
         tx = built.transform
         grads = jax.tree.map(jnp.ones_like, PARAMS)
-        updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+        updates, _ = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS)
         assert all(np.all(np.isfinite(u)) and np.any(u) for u in jax.tree.leaves(updates)), name
     config.name = "adamm"
     with pytest.raises(ConfigError, match=r"optim.name: 'adamm' is unknown; allowed: adamw"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import os
@@ -14,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jaxformer.data.base import Example
+from jaxformer.data.base import Deferred, Epoch, Example, IndexedData
 from jaxformer.recipe import ConfigError
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "Bytes",
     "Corpus",
     "HuggingFaceTokenizer",
+    "NamedTokenizer",
     "SentencePieceTokenizer",
+    "Text",
     "Tokenizer",
     "Windows",
     "load_corpus",
@@ -126,6 +129,31 @@ def load_tokenizer(spec: str) -> Tokenizer:
         ) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class NamedTokenizer:
+    """The tokenizer of a spec (see `load_tokenizer`), read when it is first used."""
+
+    spec: str
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.spec)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.vocab_size
+
+    @property
+    def end_of_text(self) -> int | None:
+        return self._tokenizer.end_of_text
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._tokenizer.encode(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
     """Tokens (T,) of the training and of the validation text, and what made them."""
@@ -189,6 +217,52 @@ class Windows:
     def __getitem__(self, index: int) -> Example:
         start = index * self.stride
         return {"tokens": np.asarray(self.tokens[start : start + self.length + 1], np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text of a language model as data: read when the first batch is asked for.
+
+    Fields are those of `load_corpus`; `vocabulary` is the model's, which the tokenizer's must not
+    exceed.
+    """
+
+    text: str | tuple[str, ...]
+    tokenizer: str
+    vocabulary: int
+    validation: float | str | tuple[str, ...] = 0.1
+    cache: str | None = None
+
+    @functools.cached_property
+    def corpus(self) -> Corpus:
+        corpus = load_corpus(
+            self.text, self.tokenizer, validation=self.validation, cache=self.cache
+        )
+        if corpus.tokenizer.vocab_size > self.vocabulary:
+            raise ConfigError(
+                f"model.vocabulary: {self.vocabulary} is too small for data.tokenizer="
+                f"{self.tokenizer!r}; give at least {corpus.tokenizer.vocab_size}"
+            )
+        return corpus
+
+    def train(self, length: int, batch_size: int, seed: int) -> Deferred:
+        """Shuffled windows of length + 1 tokens, from every position."""
+
+        def make() -> IndexedData:
+            return IndexedData(Windows(self.corpus.train, length), batch_size, seed)
+
+        return Deferred(make, batch_size, {"tokens": ((length + 1,), np.int32)})
+
+    def held_out(self, length: int, batch_size: int, limit: int | None = None) -> Deferred:
+        """Windows that predict each held-out token once; or `limit` batches, spread over them."""
+
+        def make() -> Epoch:
+            tokens = self.corpus.validation
+            spread = 1 if limit is None else (len(tokens) - length - 1) // (limit * batch_size)
+            return Epoch(Windows(tokens, length, max(length, spread)), batch_size, limit=limit)
+
+        row = {"tokens": ((length + 1,), np.int32), "weight": ((), np.float32)}
+        return Deferred(make, batch_size, row)
 
 
 def _tokens(text: str | Sequence[str], tokenizer_spec: str, cache: str | Path | None) -> np.ndarray:

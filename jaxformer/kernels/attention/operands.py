@@ -73,17 +73,13 @@ class Operand:
         Raises ValueError when `value` does not broadcast to the named axes of `sizes`.
         """
         x = jnp.asarray(self.value)
-        full = [getattr(sizes, axis) for axis in self.axes]
-        try:
-            jnp.broadcast_shapes(x.shape, tuple(full))
-            x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
-            if any(n > size for n, size in zip(x.shape, full, strict=True)):
-                raise ValueError
-        except ValueError:
+        full = tuple(getattr(sizes, axis) for axis in self.axes)
+        x = x.reshape((1,) * (len(full) - x.ndim) + x.shape)
+        if x.ndim != len(full) or any(n not in (1, m) for n, m in zip(x.shape, full, strict=True)):
             raise ValueError(
                 f"{type(self).__name__}: shape {jnp.shape(self.value)} does not broadcast to "
-                f"({', '.join(self.axes.upper())}) = {tuple(full)}"
-            ) from None
+                f"({', '.join(self.axes.upper())}) = {full}"
+            )
         x = x.reshape([x.shape[self.axes.index(a)] if a in self.axes else 1 for a in "bhls"])
         grow = [
             to - n if m == n != 1 else 0 for m, n, to in zip(x.shape, sizes, padded, strict=True)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxformer.kernels.attention.masks import Mask
+from jaxformer.kernels.attention.masks import Mask, TileState
 from jaxformer.kernels.attention.mods import ProbMod, ScoreMod
 from jaxformer.kernels.attention.operands import Operand, Sizes
 
@@ -59,6 +59,12 @@ class Request:
     def static_positions(self) -> bool:
         """Whether positions are row and column numbers, so that masks can be judged by tile."""
         return self.q_pos is None and self.k_pos is None
+
+    def tile_state(self, rows: range, cols: range) -> TileState:
+        """What the mask does to a block of scores."""
+        if self.static_positions:
+            return self.mask.tile_state(rows, cols)
+        return self.mask.tile_state(None, None)
 
     @property
     def score_dtype(self) -> jnp.dtype:

@@ -88,6 +88,13 @@ def probabilities(s: jax.Array, lse: jax.Array) -> jax.Array:
     return jnp.exp(s - jnp.where(lse == -jnp.inf, jnp.inf, lse))
 
 
+def normaliser(m: jax.Array, l: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(divisor, LSE) of rows from their maximum and sum; 1 and -inf where nothing was seen."""
+    seen = l > 0
+    l = jnp.where(seen, l, 1.0)
+    return l, jnp.where(seen, jnp.where(seen, m, 0.0) + jnp.log(l), -jnp.inf)
+
+
 def weights(rules: Rules, p: jax.Array, view: View, aux: dict[str, jax.Array]) -> jax.Array:
     """Probabilities -> the weights of the values."""
     w = p

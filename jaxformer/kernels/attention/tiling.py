@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxformer.kernels.attention.masks import FULL, PARTIAL, SKIP, TileState
+from jaxformer.kernels.attention.masks import FULL, PARTIAL, SKIP
 from jaxformer.kernels.attention.operands import Block, Sizes
 from jaxformer.kernels.attention.request import Request
 
@@ -46,7 +46,7 @@ def tiling(request: Request) -> Tiling:
     """Classify every tile of the call."""
     sizes = request.sizes
     tq, tk = request.rules.tiles or _tile_sizes(sizes)
-    tq, tk = min(tq, sizes.l), min(tk, sizes.s)
+    tq, tk = _even(sizes.l, tq), _even(sizes.s, tk)
     rows, cols = -(-sizes.l // tq), -(-sizes.s // tk)
     full: list[list[int]] = [[] for _ in range(rows)]
     partial: list[list[int]] = [[] for _ in range(rows)]
@@ -54,19 +54,13 @@ def tiling(request: Request) -> Tiling:
         q = range(i * tq, min((i + 1) * tq, sizes.l))
         for j in range(cols):
             k = range(j * tk, min((j + 1) * tk, sizes.s))
-            state = _state(request, q, k)
+            state = request.tile_state(q, k)
             if state is FULL and len(q) == tq and len(k) == tk:
                 full[i].append(j)
             elif state is not SKIP:  # a tile that reaches into the padding is PARTIAL
                 partial[i].append(j)
     padded = Sizes(sizes.b, sizes.h, rows * tq, cols * tk)
     return Tiling(padded, tq, tk, *_table(full), *_table(partial))
-
-
-def _state(request: Request, q: range, k: range) -> TileState:
-    if request.static_positions:
-        return request.mask.tile_state(q, k)
-    return request.mask.tile_state(None, None)
 
 
 def _tile_sizes(sizes: Sizes) -> tuple[int, int]:
@@ -77,6 +71,14 @@ def _tile_sizes(sizes: Sizes) -> tuple[int, int]:
     return tq, tk
 
 
+def _even(length: int, tile: int) -> int:
+    """Close to `tile`, in equal parts of `length`: 384 in tiles of 256 is 2 of 192, not 512."""
+    if length <= tile:
+        return length
+    part = -(-length // -(-length // tile))
+    return min(tile, -(-part // 16) * 16)
+
+
 def _table(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     counts = np.array([len(x) for x in lists], np.int32)
     table = np.zeros((len(lists), counts.max(initial=0)), np.int32)
@@ -85,24 +87,25 @@ def _table(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return table, counts
 
 
-def _halves(x: range) -> tuple[range, ...]:
-    return (x[: len(x) // 2], x[len(x) // 2 :]) if len(x) > 16 else (x,)
+def _halves(x: range, smallest: int) -> tuple[range, ...]:
+    return (x[: len(x) // 2], x[len(x) // 2 :]) if len(x) > smallest else (x,)
 
 
 def visible_scores(request: Request) -> float:
     """Scores per batch row and head that the mask leaves, for counting operations.
 
-    Tiles are halved until they are decided; an undecided rest of 16 x 16 counts half, or whole
+    Tiles are halved until they are decided; what is undecided in the end counts half, or whole
     where the mask carries arrays and nothing is known.
     """
+    smallest = max(16, *(x // 256 for x in request.sizes[2:]))
     known = request.static_positions and not jax.tree.leaves(request.mask)
 
     def count(q: range, k: range) -> float:
-        state = _state(request, q, k)
+        state = request.tile_state(q, k)
         if state is not PARTIAL:
             return len(q) * len(k) if state is FULL else 0
-        if max(len(q), len(k)) <= 16:
+        if max(len(q), len(k)) <= smallest:
             return len(q) * len(k) * (0.5 if known else 1.0)
-        return sum(count(a, b) for a in _halves(q) for b in _halves(k))
+        return sum(count(a, b) for a in _halves(q, smallest) for b in _halves(k, smallest))
 
     return count(range(request.sizes.l), range(request.sizes.s))

@@ -1,0 +1,216 @@
+"""Flow attention: attention as a flow network with conserved capacity, in linear time.
+
+Values are sources j, outputs are sinks i, and q_i . k_j of non-negative features is the capacity
+of the edge between them. Axes: B batch, L sinks, S sources, H heads, K head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxformer.kernels.attention.masks import Mask
+from jaxformer.kernels.linear_attention import causal_sum, key_value_state, linear_attention
+from jaxformer.nn.attention import head_sizes
+from jaxformer.nn.cache import DecodeUnsupported, require_cache
+from jaxformer.nn.einsum import Einsum
+from jaxformer.nn.mask import causal_and_valid
+from jaxformer.recipe import ConfigError
+
+EPSILON = 1e-6
+
+
+class Flow(NamedTuple):
+    """The conserved quantities, float32."""
+
+    incoming_BxLxH: jax.Array  # I: what each sink takes in
+    sink_BxLxH: jax.Array  # I-hat: the same when every source gives 1
+    source_BxSxH: jax.Array  # O-hat: what each source gives when every sink takes 1
+
+
+def _dot(a: jax.Array, b: jax.Array, epsilon: float) -> jax.Array:
+    """(a + e) . (b + e) over features."""
+    return ((a + epsilon) * (b + epsilon)).sum(-1)
+
+
+def conserve(q_BxLxHxK: jax.Array, k_BxSxHxK: jax.Array, epsilon: float = EPSILON) -> Flow:
+    """The flow of non-negative float32 features; padded sources and sinks have features 0."""
+    q, k = q_BxLxHxK, k_BxSxHxK
+    incoming = _dot(q, k.sum(1, keepdims=True), epsilon)
+    outgoing = _dot(k, q.sum(1, keepdims=True), epsilon)
+    sink = _dot(q, (k / outgoing[..., None]).sum(1, keepdims=True), epsilon)
+    source = _dot(k, (q / incoming[..., None]).sum(1, keepdims=True), epsilon)
+    return Flow(incoming, sink, source)
+
+
+class State(NamedTuple):
+    """All that the causal form remembers of a sequence: constant in its length."""
+
+    count: jax.Array  # (B,) int32, positions read
+    k: jax.Array  # (B, 1, H, K), sum of k
+    q: jax.Array  # (B, 1, H, K), sum of q
+    k_out: jax.Array  # (B, 1, H, K), sum of k N / O
+    q_in: jax.Array  # (B, 1, H, K), sum of q N / I
+    competition: jax.Array  # (B, 1, H), log of the sum of exp(O-hat)
+    kv: jax.Array  # (B, H, K, K), sum of k (c v)^T
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, head_size: int) -> State:
+        vector = jnp.zeros((batch, 1, heads, head_size))
+        none = jnp.full((batch, 1, heads), -jnp.inf)
+        square = jnp.zeros((batch, heads, head_size, head_size))
+        return cls(jnp.zeros(batch, jnp.int32), vector, vector, vector, vector, none, square)
+
+
+def attend(
+    q_BxLxHxK: jax.Array,
+    k_BxSxHxK: jax.Array,
+    v_BxSxHxK: jax.Array,
+    *,
+    valid_BxL: jax.Array | None = None,
+    valid_BxS: jax.Array | None = None,
+    clamp: float | None = 1.0,
+    compete: bool = True,
+    allocate: bool = True,
+    epsilon: float = EPSILON,
+) -> jax.Array:
+    """Bidirectional or cross flow attention (section 3.2): (B, L, H, K) float32.
+
+    `q`, `k` are features, already non-negative. Padded sinks and sources carry nothing: sums run
+    over the valid ones, whose numbers n and m are counted. A row without valid sources gives 0.
+    """
+    q, k, v = (x.astype(jnp.float32) for x in (q_BxLxHxK, k_BxSxHxK, v_BxSxHxK))
+    valid_BxL = jnp.ones(q.shape[:2], bool) if valid_BxL is None else valid_BxL
+    valid_BxS = jnp.ones(k.shape[:2], bool) if valid_BxS is None else valid_BxS
+    q, k = q * valid_BxL[..., None, None], k * valid_BxS[..., None, None]
+    n, m = (valid.sum(1)[:, None, None].astype(jnp.float32) for valid in (valid_BxL, valid_BxS))
+    flow = conserve(q, k, epsilon)
+    if compete:
+        source = flow.source_BxSxH if clamp is None else flow.source_BxSxH.clip(-clamp, clamp)
+        share = jax.nn.softmax(source, 1, where=valid_BxS[..., None])
+        v = v * (m * share)[..., None]
+    r = linear_attention(q / flow.incoming_BxLxH[..., None], k, v, causal=False)
+    if allocate:
+        r = r * jax.nn.sigmoid(flow.sink_BxLxH * n / jnp.maximum(m, 1))[..., None]
+    return r
+
+
+def attend_causally(
+    q_BxLxHxK: jax.Array,
+    k_BxLxHxK: jax.Array,
+    v_BxLxHxK: jax.Array,
+    state: State | None = None,
+    *,
+    clamp: float | None = 1.0,
+    compete: bool = True,
+    allocate: bool = True,
+    epsilon: float = EPSILON,
+) -> tuple[jax.Array, State]:
+    """Causal flow attention: (B, L, H, K) float32 and the state after these positions.
+
+    Every sum is a prefix sum that starts from `state`, so the same lines train, read a prompt and
+    decode one token. Source t is scored by the prefix up to t and keeps that score.
+    """
+    q, k, v = (x.astype(jnp.float32) for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK))
+    batch, length, heads, head_size = q.shape
+    if k.shape[1] != length:
+        raise ValueError(
+            f"causal flow attention: {length} sinks and {k.shape[1]} sources; it needs as many of "
+            "one as of the other"
+        )
+    before = State.empty(batch, heads, head_size) if state is None else state
+    count_BxLx1 = (before.count[:, None] + jnp.arange(1, length + 1))[..., None].astype(q.dtype)
+
+    sum_k, sum_q = before.k + causal_sum(k), before.q + causal_sum(q)
+    incoming, outgoing = _dot(q, sum_k, epsilon), _dot(k, sum_q, epsilon)
+    k_out = before.k_out + causal_sum(k * (count_BxLx1 / outgoing)[..., None])
+    q_in = before.q_in + causal_sum(q * (count_BxLx1 / incoming)[..., None])
+    sink = _dot(q, k_out, epsilon) / count_BxLx1
+    source = _dot(k, q_in, epsilon) / count_BxLx1
+
+    source = source if clamp is None else source.clip(-clamp, clamp)
+    total = jnp.logaddexp(before.competition, jax.lax.cumlogsumexp(source, axis=1))
+    if compete:
+        v = v * (count_BxLx1 * jnp.exp(source - total))[..., None]
+    scaled = q / incoming[..., None]
+    r = linear_attention(scaled, k, v, causal=True)
+    if state is not None:
+        r = r + jnp.einsum("BLHK,BHKN->BLHN", scaled, before.kv)
+    if allocate:
+        r = r * jax.nn.sigmoid(sink)[..., None]
+    last = [x[:, -1:] for x in (sum_k, sum_q, k_out, q_in, total)]
+    return r, State(before.count + length, *last, before.kv + key_value_state(k, v))
+
+
+class FlowAttention(nn.Module):
+    """Multi-head flow attention, a `jaxformer.nn.block.Mixer`; features are sigmoids.
+
+    `clamp` bounds the conserved outgoing flow before competition: 1 in the authors' core file, 5 in
+    their language model, None not at all. `compete` and `allocate` are the paper's ablations
+    (table 7); leave both on.
+
+    Raises:
+        ConfigError: heads do not divide the width, a mask it cannot follow, or padding of a causal
+            sequence.
+    """
+
+    heads: int
+    clamp: float | None = 1.0
+    compete: bool = True
+    allocate: bool = True
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        kv_BxSxD: jax.Array | None = None,
+        *,
+        mask: Mask,
+        positions: jax.Array | None = None,
+        train: bool = False,
+        decode: bool = False,
+    ) -> jax.Array:
+        del positions, train
+        width = x_BxLxD.shape[-1]
+        _, head_size = head_sizes(width, self.heads)
+        causal, valid_BxS = causal_and_valid(mask, "flow attention")
+        if decode and (not causal or kv_BxSxD is not None):
+            raise DecodeUnsupported(self)
+        if causal and valid_BxS is not None:
+            raise ConfigError(
+                "mask: causal flow attention takes no padding; put it at the end of a sequence, "
+                "where nothing before it sees it"
+            )
+
+        def project(x: jax.Array, name: str) -> jax.Array:
+            return Einsum("...D,DHK->...HK", (self.heads, head_size), self.use_bias, name=name)(x)
+
+        source_BxSxD = x_BxLxD if kv_BxSxD is None else kv_BxSxD
+        q = jax.nn.sigmoid(project(x_BxLxD, "query").astype(jnp.float32))
+        k = jax.nn.sigmoid(project(source_BxSxD, "key").astype(jnp.float32))
+        v = project(source_BxSxD, "value")
+        parts: dict[str, Any] = {"clamp": self.clamp, "compete": self.compete}
+        parts["allocate"] = self.allocate
+        if decode:
+            r = self._advance(q, k, v, parts)
+        elif causal:
+            r, _ = attend_causally(q, k, v, **parts)
+        else:
+            valid_BxL = valid_BxS if kv_BxSxD is None else None
+            r = attend(q, k, v, valid_BxL=valid_BxL, valid_BxS=valid_BxS, **parts)
+        out = Einsum("...HK,HKD->...D", (width,), self.use_bias, name="out")
+        return out(r.astype(x_BxLxD.dtype))
+
+    def _advance(self, q: jax.Array, k: jax.Array, v: jax.Array, parts: Any) -> jax.Array:
+        """Read the next positions from the state in the collection "cache"."""
+        batch, _, heads, head_size = q.shape
+        require_cache(self, "flow")
+        state = self.variable("cache", "flow", State.empty, batch, heads, head_size)
+        r, after = attend_causally(q, k, v, state.value, **parts)
+        if not self.is_initializing():
+            state.value = after
+        return r
