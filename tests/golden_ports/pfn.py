@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.stats import norm
 
+from jaxformer.models.transformer import Transformer
 from jaxformer.nn.bar_distribution import BarDistribution, FullSupportBarDistribution
+from jaxformer.papers.pfn import authors
+from jaxformer.papers.pfn.model import set_transformer
 
 
 def nll_and_gradients(bars, logits, y, cotangent):
@@ -102,5 +105,35 @@ def bucket_borders(case):
     }
 
 
-PORTS = {"bar_old": bar_old, "bar_new": bar_new, "bucket_borders": bucket_borders}
+def transformer_model(case):
+    c = case.config
+    trunk = Transformer(
+        width=c["ninp"],
+        depth=c["nlayers"],
+        heads=c["nhead"],
+        hidden=c["nhid"],
+        order="post",
+        position="none",
+    )
+    model = set_transformer(trunk, outputs=c["n_out"])
+
+    def main(weights, inputs, n=c["single_eval_pos"]):
+        params = authors.set_transformer(weights, c["nhead"], c["nlayers"])
+        x, y = inputs["x"].swapaxes(0, 1), inputs["y"].T
+        output = model.apply({"params": params}, x, y, jnp.full(len(x), n))
+        return output.swapaxes(0, 1)[n:]
+
+    return {
+        **case.outputs_and_gradients(main),
+        "out/main_single_eval_pos_0": main(case.weights, case.inputs, 0),
+        "out/main_single_eval_pos_T_minus_1": main(case.weights, case.inputs, c["T"] - 1),
+    }
+
+
+PORTS = {
+    "transformer_model": transformer_model,
+    "bar_old": bar_old,
+    "bar_new": bar_new,
+    "bucket_borders": bucket_borders,
+}
 LEFT_OUT = {"bar_old": {"out/quantile_valid": "says where out/quantile may be compared"}}

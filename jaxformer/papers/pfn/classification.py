@@ -107,6 +107,11 @@ class Tabular:
         return {"x": x[order], "y": y, "target": y}
 
 
+def tabular_bnn(features: int = 60, widest: int = 150) -> Tabular:
+    """The authors' network prior of tables; `widest` bounds the width of the networks."""
+    return Tabular(RandomMLP(widest=widest), features)
+
+
 def tabular_gp(features: int = 60) -> Tabular:
     """The authors' Gaussian-process prior of tables."""
     latent = GP(features, outputscale=2.316, lengthscale=1.480e-4, noise=1e-3)
