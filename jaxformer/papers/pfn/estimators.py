@@ -51,7 +51,9 @@ class Pretrained:
             config = ConfigDict(checkpoints.meta(steps[-1] if step is None else step)["config"])
         recipe = build(config)
         _, state = restore_averaged(recipe, workdir, step=step)
-        return cls(recipe.task, state.params, state.extra)
+        # Off the mesh of the run: an estimator needs one device.
+        params, extra = jax.device_put(jax.device_get((state.params, dict(state.extra))))
+        return cls(recipe.task, params, extra)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Itself, because nothing of it changes: scikit-learn's `clone` copies all parameters."""
