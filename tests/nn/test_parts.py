@@ -200,7 +200,7 @@ def test_make_is_a_value():
 
 @dataclasses.dataclass(frozen=True)
 class _Holder:
-    part: Make = Make(LayerNorm, epsilon=1e-3)  # noqa: RUF009 (frozen)
+    part: Make = Make(LayerNorm, epsilon=1e-3)
     parts: tuple[Make, ...] = ()
 
 
