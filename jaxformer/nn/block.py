@@ -33,8 +33,10 @@ class Mixer(Protocol):
     ) -> jax.Array:
         """Read from x itself or from `kv`; (B, L, D).
 
-        With decode=True, x continues the sequence that the collection "cache" has read so far.
-        A mixer that cannot raises `jaxformer.nn.cache.DecodeUnsupported`.
+        `positions`, (L,) or (B, L), are for position schemes; masks go by row and column. With
+        decode=True, x continues the sequence that the collection "cache" has read so far, and
+        counts its positions itself; a mixer that cannot raises
+        `jaxformer.nn.cache.DecodeUnsupported`.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Position schemes: on the residual stream (`AddPosition`), or inside attention (`Position`)."""
+"""Position schemes: added to the residual stream, or, as a `Position`, acting inside attention."""
 
 from __future__ import annotations
 

@@ -78,7 +78,9 @@ def step_function(phase: Phase, abstract: TrainState, mesh: Any) -> Any:
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def lower(recipe: Recipe, mesh: AbstractMesh, platform: str, phase: int = 0) -> jax.stages.Lowered:
+def lower(
+    recipe: Recipe, mesh: Mesh | AbstractMesh, platform: str, phase: int = 0
+) -> jax.stages.Lowered:
     """The step of a phase lowered for `mesh` on "tpu", "cuda" or "cpu": no device is needed."""
     what = recipe.phases[phase]
     abstract = abstract_states(recipe, mesh)[phase + 1]
@@ -88,7 +90,7 @@ def lower(recipe: Recipe, mesh: AbstractMesh, platform: str, phase: int = 0) -> 
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), what.data.spec()
         )
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = step_function(what, abstract, mesh).trace(abstract, batch)
         return traced.lower(lowering_platforms=(platform,))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from jaxformer import paths
 from jaxformer.errors import ConfigError
 from jaxformer.models.encoder import feature_classifier, token_classifier
 from jaxformer.models.lm import decoder_lm
@@ -22,6 +23,7 @@ from jaxformer.nn.einsum import Einsum
 from jaxformer.nn.make import Make, swap
 from jaxformer.nn.mlp import MLP
 from jaxformer.nn.norm import Norm
+from jaxformer.parallel.sharding import PARAMETER_RULES, axes_of
 from jaxformer.tasks import linen
 
 KEY = jax.random.key(0)
@@ -39,10 +41,10 @@ def small_lm(tied=True, mixer=None, **changes):
     [
         small_lm(),
         small_lm(position="rope", kv_heads=2, norm="rmsnorm", mlp="swiglu", tied=False),
-        small_lm(position="alibi", order="post", use_bias=False),
+        swap(small_lm(position="alibi", order="post", use_bias=False), Fused, Unfused),
         small_lm(position="sinusoidal", scan=True),
     ],
-    ids=["learned", "rope, grouped", "alibi, post-norm", "sinusoidal, scanned"],
+    ids=["learned", "rope, grouped", "alibi, post-norm, unfused", "sinusoidal, scanned"],
 )
 def test_cached_decoding_equals_the_whole_sequence(model, weights):
     params = weights(model.init, TOKENS)["params"]
@@ -96,6 +98,27 @@ def test_gpt2_small_has_its_parameter_count():
     model = decoder_lm(Transformer(width=768, depth=12, heads=12), vocabulary=50257, length=1024)
     params = jax.eval_shape(lambda: model.init(KEY, TOKENS))["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 124_439_808
+
+
+def test_every_kernel_has_a_sharding_rule():
+    model = small_lm(mlp="swiglu", tied=False, scan=True)
+    shapes = jax.eval_shape(lambda: model.init(KEY, TOKENS))["params"]
+    found = {
+        name: axes_of(name, leaf.ndim, PARAMETER_RULES)
+        for name, leaf in paths.leaves(shapes).items()
+        if name.endswith(("kernel", "embed/table"))
+    }
+    layer = "stack/blocks/"
+    into_heads = (["layers", "embed"], ["heads", "head"])
+    into_mlp = (["layers", "embed"], ["mlp"])
+    assert found == {
+        "embed/table": ([], ["vocab", "embed"]),
+        "head/kernel": (["embed"], ["vocab"]),
+        **{f"{layer}mixer/{name}/kernel": into_heads for name in ("query", "key", "value")},
+        f"{layer}mixer/out/kernel": (["layers", "heads", "head"], ["embed"]),
+        **{f"{layer}mlp/{name}/kernel": into_mlp for name in ("gate", "up")},
+        f"{layer}mlp/down/kernel": (["layers", "mlp"], ["embed"]),
+    }
 
 
 def test_fused_and_unfused_models_agree_and_unfused_shows_every_step(weights):

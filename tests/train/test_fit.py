@@ -166,6 +166,15 @@ def test_sigterm_saves_and_leaves(one_device, tmp_path):
         assert checkpoints.steps() == [5]
 
 
+def test_checkpoints_by_minutes_and_tensorboard(one_device, tmp_path):
+    changes = {"checkpoint_every": 0, "checkpoint_minutes": 0.0, "tensorboard": True}
+    run(recipe(phase("a", 3)), one_device, tmp_path, **changes)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"learning_rate" in events.read_bytes()
+
+
 def test_start_from_another_run(one_device, tmp_path):
     trained = run(recipe(), one_device, tmp_path / "source")
     source = InitFrom(str(tmp_path / "source"), fresh="second")
