@@ -75,7 +75,7 @@ def fit(
     Raises:
         ConfigError: the recipe and the checkpoint, the batch or the mesh do not fit.
         NonFiniteError: after `options.max_bad_steps` such steps in a row; a checkpoint is saved.
-        Interrupted: on SIGTERM, SIGINT or `options.stop_after`; a checkpoint is saved.
+        Interrupted: on SIGTERM, SIGINT or `options.stop_after`, once a checkpoint is saved.
     """
     mesh = mesh or make_mesh()
     with contextlib.ExitStack() as stack:
@@ -252,7 +252,8 @@ class _Run:
 
     def _leave_if_stopped(self) -> None:
         if self._stopping():
-            raise Interrupted(f"stopped at step {self.step}; run again to continue")
+            kept = "run again to continue" if self.checkpoints else "nothing was saved: no workdir"
+            raise Interrupted(f"stopped at step {self.step}; {kept}")
 
     def _save(self, phase: Phase) -> None:
         if self.checkpoints is None:
@@ -287,12 +288,18 @@ class _Window:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets, for the time of the run (main thread only)."""
+    """An event that SIGTERM or SIGINT sets, for the time of the run; the second one ends it."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield stop  # only the main thread may handle signals
         return
-    previous = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
