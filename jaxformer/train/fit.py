@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxformer import paths
 from jaxformer.data.base import prefetch
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.parallel.sharding import host_rows, place_batch
@@ -112,7 +113,8 @@ class _Run:
         saved = self.checkpoints.steps() if self.checkpoints else []
         if self.checkpoints and saved:
             self.step, self.resumed = saved[-1], True
-            self.first_phase = saved_phase(recipe, self.checkpoints.meta(self.step))
+            page = self.checkpoints.meta(self.step)
+            self.first_phase = saved_phase(recipe, page)
             with jax.set_mesh(mesh):
                 self.state = self.checkpoints.restore(
                     self.step, self.abstract[self.first_phase + 1]
@@ -124,9 +126,12 @@ class _Run:
         self.stop = stack.enter_context(_signals())
         self.saved_at = time.monotonic()
         self.bad_steps = 0
-        self.status(
-            f"{'continue' if self.resumed else 'start'} at step {self.step} of {recipe.steps}"
-        )
+        going = "continue" if self.resumed else "start"
+        self.status(f"{going} at step {self.step} of {recipe.steps}")
+        if self.resumed:
+            was, now = (paths.leaves(c) for c in (page["config"], dict(recipe.config)))
+            for name in sorted(name for name in was | now if was.get(name) != now.get(name)):
+                self.status(f"config.{name}: was {was.get(name)}, is now {now.get(name)}")
 
     def _open_sinks(self, stack: contextlib.ExitStack) -> None:
         if jax.process_index() != 0:
