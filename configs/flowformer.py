@@ -55,9 +55,11 @@ def get_config(preset: str) -> ConfigDict:
         config.sample.length = 40
         config.evaluate.update({"every": 30, "batches": 4})
     elif preset == "small":
-        config.update({"steps": 600, "batch_size": 16})
-        config.evaluate.update({"every": 200, "batches": 16})
-        config.fit.checkpoint_every = 200
+        # 0.28 s a step on 2 CPU cores: the README's first command ends within 3 minutes.
+        config.update({"steps": 360, "batch_size": 16})
+        config.optim.learning_rate = 3e-3
+        config.evaluate.update({"every": 120, "batches": 16})
+        config.fit.checkpoint_every = 120
     elif preset == "paper":
         # WikiText-103 in the setting of fairseq's transformer_lm (appendix of the paper).
         config.update({"steps": 150_000, "batch_size": 64})
