@@ -160,7 +160,8 @@ class _Run:
         if not resumed:
             self.status(f"enter phase {phase.name}: {phase.steps} steps")
             out = shardings(self.abstract[index + 1])
-            self.state = jax.jit(functools.partial(enter, phase), out_shardings=out)(self.state)
+            go = jax.jit(functools.partial(enter, phase), out_shardings=out)
+            self.state = jax.block_until_ready(go(self.state))
         if phase.steps:
             self._steps(phase, index, end)
         last = index == len(self.recipe.phases) - 1
@@ -238,7 +239,7 @@ class _Run:
         if not evaluators:
             return
         context = EvalContext(self.mesh, phase.name, self.workdir)
-        state = averaged(phase.update, self.state)
+        state = jax.block_until_ready(averaged(phase.update, self.state))
         row: dict[str, Any] = {"step": self.step, "phase": phase.name}
         for evaluator in evaluators:
             row |= {f"{evaluator.name}/{k}": v for k, v in evaluator(state, context).items()}
