@@ -145,19 +145,21 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     settings = FitOptions(seed=config.seed, stop_after=options.stop_after, **config.fit)
     fit(recipe, workdir=workdir, mesh=mesh, options=settings)
     _, state = restore_averaged(recipe, workdir, mesh=mesh)
-    samples = []
-    if isinstance(recipe.task, Generates):
+    samples: list[str] = []
+    if isinstance(recipe.task, Generates) and "sample" in config:
         from jaxformer.sampling.autoregressive import generate
 
-        samples = generate(
+        prompt = config.sample.prompt
+        (text,) = generate(
             recipe.task,
             state.params,
             state.extra,
-            [config.sample.prompt],
+            [prompt],
             length=config.sample.length,
             temperature=config.sample.temperature,
             key=state.key,
         )
+        samples = [prompt + text]
     count = parameter_count(state.params)
     print(training_report(recipe, workdir, parameters=count, samples=samples))
 
@@ -227,8 +229,8 @@ def _sample(options: argparse.Namespace, _: Any) -> None:
         top_p=options.top_p,
         key=jax.random.key(options.seed),
     )
-    for text in texts:
-        print(text)
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(prompt + text)
 
 
 def _reproduce(options: argparse.Namespace, _: Any) -> int:

@@ -1,8 +1,14 @@
 """All tests run on 8 simulated CPU devices; most use the first one alone."""
 
+import os
+
 import jax
 import pytest
 
+# Nearly all of the time goes into compiling small programs, so XLA is told not to try hard: half
+# the CPU time of tests/nn. Child processes inherit it, so that both sides of a comparison agree.
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

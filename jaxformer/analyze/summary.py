@@ -13,7 +13,7 @@ from jaxformer.analyze.flops import count
 from jaxformer.evaluation.report import text_table
 from jaxformer.parallel.sharding import axes_of, rules_of, spec_for
 from jaxformer.recipe import Recipe
-from jaxformer.train.states import abstract_states, on_device
+from jaxformer.train.states import abstract_states, lower, on_device
 
 
 def parameter_count(params: Any) -> int:
@@ -38,17 +38,17 @@ def describe(recipe: Recipe, mesh: Mesh | AbstractMesh) -> str:
     states = abstract_states(recipe, mesh)
     params = states[0].params
     phases, work = [], []
-    for phase, state in zip(recipe.phases, states[1:], strict=True):
+    for index, (phase, state) in enumerate(zip(recipe.phases, states[1:], strict=True)):
         phases.append(
             {
                 "phase": phase.name,
                 "steps": phase.steps,
                 "update": type(phase.update).__name__ if phase.update else "-",
-                "data": type(phase.data).__name__ if phase.data else "-",
-                "batch": phase.data.batch_size if phase.data else "-",
+                "data": type(phase.data).__name__ if phase.data is not None else "-",
+                "batch": phase.data.batch_size if phase.data is not None else "-",
             }
         )
-        work.append(_work(phase, state))
+        work.append(_work(recipe, index, state, mesh))
     rows = [
         {
             "parameter": name,
@@ -81,13 +81,21 @@ def _axes(name: str, leaf: Any, recipe: Recipe) -> str:
     return " ".join([*contracted, *(["->"] if contracted else []), *produced])
 
 
-def _work(phase: Any, state: Any) -> dict[str, Any]:
-    """FLOPs per step of a phase and its memory: state and gradients exactly, no activations."""
+def _work(recipe: Recipe, index: int, state: Any, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
+    """FLOPs per step of a phase and its memory per device.
+
+    State and gradients are exact. What the step needs besides, activations above all, is XLA's
+    figure for the step compiled on the mesh's own devices; an abstract mesh has none.
+    """
+    phase = recipe.phases[index]
     row: dict[str, Any] = {"phase": phase.name}
     if phase.update is not None and phase.steps:
-        batch = phase.data.spec() if phase.data else {}
+        batch = phase.data.spec() if phase.data is not None else {}
         flops = count(lambda s, b: phase.update(s, on_device(phase.data, b)), state, batch)
         row["GFLOP/step"] = flops / 1e9
     row["state MiB/device"] = _local_bytes(state) / 2**20
     row["gradients MiB/device"] = _local_bytes(state.params) / 2**20
+    if phase.steps and isinstance(mesh, Mesh):
+        compiled = lower(recipe, mesh, mesh.devices.flat[0].platform, index).compile()
+        row["temporary MiB/device"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
     return row

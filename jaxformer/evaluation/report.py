@@ -42,15 +42,16 @@ def relative(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def figure(path: Path, width: float = 6.0, height: float = 4.0, columns: int = 1) -> Any:
-    """A matplotlib figure with `columns` axes that needs no display, as (figure, axes)."""
+def figure(path: Path, columns: int = 1, rows: int = 1, width: float = 4.5) -> Any:
+    """A matplotlib figure that needs no display: (figure, array of axes (rows, columns))."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    return plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained")
+    size = (width * columns, 0.72 * width * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
@@ -66,23 +67,24 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list
 
 
 def plot_curves(workdir: Path) -> Path:
-    """`curves.png`: training loss with the evaluators' losses over it, then all other metrics."""
+    """`curves.png`: a panel per metric, with the evaluators' values beside those of training."""
     found = curves(read_jsonl(workdir / "metrics.jsonl"))
-    with_loss = [name for name in found if name == "loss" or name.endswith("/loss")]
-    others = [name for name in found if name not in with_loss]
+    panels: dict[str, list[str]] = {"loss": []}
+    for name in found:
+        panels.setdefault(name.rpartition("/")[2], []).append(name)
     path = workdir / "curves.png"
-    fig, axes = figure(path, 4.5, 3.2, 1 + len(others))
-    axes = [axes] if not others else list(axes)
-    for name in with_loss:
-        axes[0].plot(*found[name], marker="o" if len(found[name][0]) < 12 else None, label=name)
-    axes[0].legend()
-    for axis, name in zip(axes[1:], others, strict=True):
-        axis.plot(*found[name], marker="o" if len(found[name][0]) < 12 else None)
-        axis.set_title(name)
-    for axis in axes:
-        axis.set_xlabel("step")
+    columns = min(3, len(panels))
+    fig, axes = figure(path, columns, -(-len(panels) // columns))
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, names) in zip(axes.flat, panels.items(), strict=False):
+        for name in names:
+            marker = "o" if len(found[name][0]) < 12 else None
+            axis.plot(*found[name], marker=marker, label=name.rpartition("/")[0] or "training")
+        axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0].set_title("loss")
+        if len(names) > 1:
+            axis.legend()
     fig.savefig(path, dpi=110)
     return path
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxformer.errors import ConfigError
 from jaxformer.nn.activation import GELU, GELU_TANH, RELU, SILU
 from jaxformer.nn.attention import Attention, head_sizes
 from jaxformer.nn.block import Block, PostNorm, PreNorm, ScannedStack, Stack
@@ -15,7 +16,6 @@ from jaxformer.nn.make import Make
 from jaxformer.nn.mlp import MLP, GatedMLP
 from jaxformer.nn.norm import LayerNorm, RMSNorm
 from jaxformer.nn.position import ALiBi, LearnedPosition, Position, RoPE, SinusoidalPosition
-from jaxformer.recipe import ConfigError
 
 NORMS = {"layernorm": Make(LayerNorm), "rmsnorm": Make(RMSNorm)}
 MLPS = {

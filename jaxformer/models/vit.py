@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from jaxformer.errors import ConfigError
 from jaxformer.models.encoder import Classifier, Encoder
 from jaxformer.models.transformer import Transformer, require
 from jaxformer.nn.heads import FirstToken, MeanPool
 from jaxformer.nn.make import Make
 from jaxformer.nn.patch import PatchEmbed
-from jaxformer.recipe import ConfigError
 
 POOLS = {"token": FirstToken, "mean": MeanPool}
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxformer.errors import ConfigError
 from jaxformer.nn.make import Make
-from jaxformer.recipe import ConfigError
 
 FUNCTIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

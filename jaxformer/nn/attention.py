@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import KeyPadding, Mask, PerK, PerQ, attention, dense
 from jaxformer.kernels.attention import operands as ops
 from jaxformer.kernels.attention.masks import positions_operand
@@ -21,7 +22,6 @@ from jaxformer.nn.cache import KVCache
 from jaxformer.nn.einsum import Einsum
 from jaxformer.nn.make import Make
 from jaxformer.nn.position import Mods, Position, stream_positions
-from jaxformer.recipe import ConfigError
 
 
 class Fused(nn.Module):

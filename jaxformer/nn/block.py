@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Mask
 from jaxformer.nn.dropout import Dropout
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
 from jaxformer.parallel.sharding import constrain
-from jaxformer.recipe import ConfigError
 
 
 class Mixer(Protocol):
@@ -33,8 +33,10 @@ class Mixer(Protocol):
     ) -> jax.Array:
         """Read from x itself or from `kv`; (B, L, D).
 
-        With decode=True, x continues the sequence that the collection "cache" has read so far.
-        A mixer that cannot raises `jaxformer.nn.cache.DecodeUnsupported`.
+        `positions`, (L,) or (B, L), are for position schemes; masks go by row and column. With
+        decode=True, x continues the sequence that the collection "cache" has read so far, and
+        counts its positions itself; a mixer that cannot raises
+        `jaxformer.nn.cache.DecodeUnsupported`.
         """
         ...
 

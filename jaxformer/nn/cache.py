@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.recipe import ConfigError
+from jaxformer.errors import ConfigError
 
 
 class DecodeUnsupported(ConfigError):

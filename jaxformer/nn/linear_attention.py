@@ -1,4 +1,4 @@
-"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236) as a mixer."""
+"""Mixers without pairwise scores, and linear attention, the plainest of them."""
 
 from __future__ import annotations
 
@@ -6,23 +6,42 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.kernels.attention.masks import Mask
+from jaxformer.kernels.attention.masks import And, Causal, Full, KeyPadding, Mask
 from jaxformer.kernels.linear_attention import causal_sum, key_value_state, linear_attention
 from jaxformer.nn.attention import head_sizes
 from jaxformer.nn.cache import DecodeUnsupported, require_cache
 from jaxformer.nn.einsum import Einsum
-from jaxformer.nn.mask import causal_and_valid
+from jaxformer.recipe import ConfigError
 
 
-class LinearAttention(nn.Module):
-    """phi(q) sum_j phi(k_j) v_j / phi(q) sum_j phi(k_j) with phi = elu + 1 (equations 4 to 7).
+class LinearMixer(nn.Module):
+    """A multi-head `jaxformer.nn.block.Mixer` whose sums over sources are linear; abstract.
+
+    It projects, reads the mask and puts heads together again; a subclass gives `causal` and
+    `bidirectional`, from projections (B, L, H, K) to outputs (B, L, H, K) in float32.
 
     Raises:
-        ConfigError: heads do not divide the width, or a mask without a linear form.
+        ConfigError: heads do not divide the width, or a mask that a sum cannot follow.
     """
 
     heads: int
     use_bias: bool = True
+
+    def causal(self, q: jax.Array, k: jax.Array, v: jax.Array, *, decode: bool) -> jax.Array:
+        """Position t from positions up to t; with `decode`, from those in the cache too."""
+        raise NotImplementedError
+
+    def bidirectional(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        valid_BxL: jax.Array | None,
+        valid_BxS: jax.Array | None,
+    ) -> jax.Array:
+        """Every sink from every source; None: all are valid."""
+        raise NotImplementedError
 
     @nn.compact
     def __call__(
@@ -38,32 +57,71 @@ class LinearAttention(nn.Module):
         del positions, train
         width = x_BxLxD.shape[-1]
         _, head_size = head_sizes(width, self.heads)
-        causal, valid_BxS = causal_and_valid(mask, "linear attention")
+        causal, valid_BxS = self._read_mask(mask)
         if decode and (not causal or kv_BxSxD is not None):
             raise DecodeUnsupported(self)
+        if causal and valid_BxS is not None:
+            raise ConfigError(
+                f"mask: causal {type(self).__name__} takes no padding; put it at the end of a "
+                "sequence, where nothing before it sees it"
+            )
 
         def project(x: jax.Array, name: str) -> jax.Array:
             return Einsum("...D,DHK->...HK", (self.heads, head_size), self.use_bias, name=name)(x)
 
         source_BxSxD = x_BxLxD if kv_BxSxD is None else kv_BxSxD
-        q = jax.nn.elu(project(x_BxLxD, "query").astype(jnp.float32)) + 1
-        k = jax.nn.elu(project(source_BxSxD, "key").astype(jnp.float32)) + 1
-        v = project(source_BxSxD, "value").astype(jnp.float32)
-        if valid_BxS is not None:
-            k = k * valid_BxS[..., None, None]
+        q, k = project(x_BxLxD, "query"), project(source_BxSxD, "key")
+        v = project(source_BxSxD, "value")
         if causal:
-            total = causal_sum(k)
-            y = linear_attention(q, k, v, causal=True)
+            y = self.causal(q, k, v, decode=decode)
         else:
-            total = k.sum(1, keepdims=True)
-            y = linear_attention(q, k, v, causal=False)
-        if decode:
-            before_k, before_kv = self._read_on(k, v)
-            total = total + before_k
-            y = y + jnp.einsum("BLHK,BHKN->BLHN", q, before_kv)
-        y = y / ((q * total).sum(-1, keepdims=True) + 1e-6)
+            valid_BxL = valid_BxS if kv_BxSxD is None else None
+            y = self.bidirectional(q, k, v, valid_BxL=valid_BxL, valid_BxS=valid_BxS)
         out = Einsum("...HK,HKD->...D", (width,), self.use_bias, name="out")
         return out(y.astype(x_BxLxD.dtype))
+
+    def _read_mask(self, mask: Mask) -> tuple[bool, jax.Array | None]:
+        """(causal, valid sources (B, S) or None)."""
+        if isinstance(mask, And):
+            (a, b), (c, d) = self._read_mask(mask.a), self._read_mask(mask.b)
+            valid = [x for x in (b, d) if x is not None]
+            return a or c, valid[0] & valid[-1] if valid else None
+        if isinstance(mask, KeyPadding) and mask.valid.ndim == 2:
+            return False, mask.valid
+        if mask in (Full(), Causal()):
+            return mask == Causal(), None
+        raise ConfigError(
+            f"mask: {type(self).__name__} has no pairwise scores and cannot follow "
+            f"{type(mask).__name__}; allowed: Full, Causal, KeyPadding of booleans (B, S)"
+        )
+
+
+class LinearAttention(LinearMixer):
+    """phi(q) . sum_j phi(k_j) v_j / phi(q) . sum_j phi(k_j), phi = elu + 1.
+
+    Katharopoulos et al. 2020, arXiv 2006.16236, equations 4 to 7 and 16 to 20.
+    """
+
+    def causal(self, q: jax.Array, k: jax.Array, v: jax.Array, *, decode: bool) -> jax.Array:
+        q, k, v = _feature(q), _feature(k), v.astype(jnp.float32)
+        y, total = linear_attention(q, k, v, causal=True), causal_sum(k)
+        if decode:
+            before_k, before_kv = self._read_on(k, v)
+            y, total = y + jnp.einsum("BLHK,BHKN->BLHN", q, before_kv), total + before_k
+        return _normalise(y, q, total)
+
+    def bidirectional(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        valid_BxL: jax.Array | None,
+        valid_BxS: jax.Array | None,
+    ) -> jax.Array:
+        q, k, v = _feature(q), _feature(k), v.astype(jnp.float32)
+        k = k if valid_BxS is None else k * valid_BxS[..., None, None]
+        return _normalise(linear_attention(q, k, v, causal=False), q, k.sum(1, keepdims=True))
 
     def _read_on(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The sums over all positions before these, which are added to them."""
@@ -76,3 +134,11 @@ class LinearAttention(nn.Module):
             total.value = before[0] + k.sum(1, keepdims=True)
             state.value = before[1] + key_value_state(k, v)
         return before
+
+
+def _feature(x: jax.Array) -> jax.Array:
+    return jax.nn.elu(x.astype(jnp.float32)) + 1
+
+
+def _normalise(y: jax.Array, q: jax.Array, total: jax.Array) -> jax.Array:
+    return y / ((q * total).sum(-1, keepdims=True) + 1e-6)

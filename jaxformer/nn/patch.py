@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxformer.errors import ConfigError
 from jaxformer.nn.einsum import Einsum
-from jaxformer.recipe import ConfigError
 
 
 class PatchEmbed(nn.Module):

@@ -1,4 +1,4 @@
-"""Position schemes: on the residual stream (`AddPosition`), or inside attention (`Position`)."""
+"""Position schemes: added to the residual stream, or, as a `Position`, acting inside attention."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import (
     Operand,
     PerHead,
@@ -20,7 +21,6 @@ from jaxformer.kernels.attention import (
     ScoreMod,
 )
 from jaxformer.nn.cache import count_positions
-from jaxformer.recipe import ConfigError
 
 
 def stream_positions(

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.recipe import Batch, ConfigError, Extra, LossOutput, Mean, Params
+from jaxformer.errors import ConfigError
+from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Params
 from jaxformer.tasks import linen
 from jaxformer.tasks.losses import cross_entropy, is_correct
 

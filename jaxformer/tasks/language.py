@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxformer.recipe import Batch, ConfigError, Extra, LossOutput, Mean, Params
+from jaxformer.errors import ConfigError
+from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Params
 from jaxformer.tasks import linen
 from jaxformer.tasks.losses import cross_entropy, is_correct
 

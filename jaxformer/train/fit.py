@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxformer import paths
 from jaxformer.data.base import prefetch
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.parallel.sharding import host_rows, place_batch
@@ -75,7 +76,7 @@ def fit(
     Raises:
         ConfigError: the recipe and the checkpoint, the batch or the mesh do not fit.
         NonFiniteError: after `options.max_bad_steps` such steps in a row; a checkpoint is saved.
-        Interrupted: on SIGTERM, SIGINT or `options.stop_after`; a checkpoint is saved.
+        Interrupted: on SIGTERM, SIGINT or `options.stop_after`, once a checkpoint is saved.
     """
     mesh = mesh or make_mesh()
     with contextlib.ExitStack() as stack:
@@ -112,7 +113,8 @@ class _Run:
         saved = self.checkpoints.steps() if self.checkpoints else []
         if self.checkpoints and saved:
             self.step, self.resumed = saved[-1], True
-            self.first_phase = saved_phase(recipe, self.checkpoints.meta(self.step))
+            page = self.checkpoints.meta(self.step)
+            self.first_phase = saved_phase(recipe, page)
             with jax.set_mesh(mesh):
                 self.state = self.checkpoints.restore(
                     self.step, self.abstract[self.first_phase + 1]
@@ -124,9 +126,12 @@ class _Run:
         self.stop = stack.enter_context(_signals())
         self.saved_at = time.monotonic()
         self.bad_steps = 0
-        self.status(
-            f"{'continue' if self.resumed else 'start'} at step {self.step} of {recipe.steps}"
-        )
+        going = "continue" if self.resumed else "start"
+        self.status(f"{going} at step {self.step} of {recipe.steps}")
+        if self.resumed:
+            was, now = (paths.leaves(c) for c in (page["config"], dict(recipe.config)))
+            for name in sorted(name for name in was | now if was.get(name) != now.get(name)):
+                self.status(f"config.{name}: was {was.get(name)}, is now {now.get(name)}")
 
     def _open_sinks(self, stack: contextlib.ExitStack) -> None:
         if jax.process_index() != 0:
@@ -155,7 +160,8 @@ class _Run:
         if not resumed:
             self.status(f"enter phase {phase.name}: {phase.steps} steps")
             out = shardings(self.abstract[index + 1])
-            self.state = jax.jit(functools.partial(enter, phase), out_shardings=out)(self.state)
+            go = jax.jit(functools.partial(enter, phase), out_shardings=out)
+            self.state = jax.block_until_ready(go(self.state))
         if phase.steps:
             self._steps(phase, index, end)
         last = index == len(self.recipe.phases) - 1
@@ -233,7 +239,7 @@ class _Run:
         if not evaluators:
             return
         context = EvalContext(self.mesh, phase.name, self.workdir)
-        state = averaged(phase.update, self.state)
+        state = jax.block_until_ready(averaged(phase.update, self.state))
         row: dict[str, Any] = {"step": self.step, "phase": phase.name}
         for evaluator in evaluators:
             row |= {f"{evaluator.name}/{k}": v for k, v in evaluator(state, context).items()}
@@ -252,7 +258,8 @@ class _Run:
 
     def _leave_if_stopped(self) -> None:
         if self._stopping():
-            raise Interrupted(f"stopped at step {self.step}; run again to continue")
+            kept = "run again to continue" if self.checkpoints else "nothing was saved: no workdir"
+            raise Interrupted(f"stopped at step {self.step}; {kept}")
 
     def _save(self, phase: Phase) -> None:
         if self.checkpoints is None:
@@ -287,12 +294,18 @@ class _Window:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets, for the time of the run (main thread only)."""
+    """An event that SIGTERM or SIGINT sets, for the time of the run; the second one ends it."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield stop  # only the main thread may handle signals
         return
-    previous = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:

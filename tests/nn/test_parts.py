@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.errors import ConfigError
 from jaxformer.nn.activation import GELU, RELU, Activation
 from jaxformer.nn.dropout import Dropout
 from jaxformer.nn.einsum import Einsum
@@ -17,7 +18,6 @@ from jaxformer.nn.mlp import MLP, GatedMLP
 from jaxformer.nn.norm import LayerNorm, RMSNorm
 from jaxformer.nn.patch import PatchEmbed, join_patches, split_patches
 from jaxformer.nn.position import LearnedPosition, RoPE, SinusoidalPosition, alibi_slopes
-from jaxformer.recipe import ConfigError
 
 KEY = jax.random.key(0)
 
@@ -104,7 +104,10 @@ def test_activation_names_the_functions_it_has():
 
 def test_dropout_keeps_the_mean_and_shares_axes():
     x = jnp.ones((64, 16, 16))
-    run = lambda module, train: module.apply({}, x, train=train, rngs={"dropout": KEY})
+
+    def run(module, train):
+        return module.apply({}, x, train=train, rngs={"dropout": KEY})
+
     dropped = run(Dropout(0.25), True)
     # 16,384 draws: the mean of kept / 0.75 has a standard deviation of 0.0045.
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
@@ -138,9 +141,10 @@ def test_mlps_are_their_formulas():
 def test_rope_scores_depend_on_the_distance_alone():
     q, k = jax.random.normal(KEY, (2, 1, 6, 2, 8))
     rope = RoPE().bind({})
-    score = lambda at: jnp.einsum(
-        "blhk,bshk->bhls", rope.rotate(q, at), rope.rotate(k, at), precision="highest"
-    )
+
+    def score(at):
+        return jnp.einsum("blhk,bshk->bhls", rope.rotate(q, at), rope.rotate(k, at))
+
     at = jnp.arange(6)
     np.testing.assert_allclose(score(at), score(at + 100), atol=2e-5)
     assert float(abs(score(at) - score(2 * at)).max()) > 0.1

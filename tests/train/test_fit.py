@@ -69,6 +69,13 @@ def test_a_finished_run_is_left_alone(one_device, tmp_path):
     assert same(first.replace(key=0), again.replace(key=0)) and int(again.step) == 20
 
 
+def test_a_changed_config_is_told(one_device, tmp_path, capsys):
+    for width in (3, 4):
+        r = recipe(phase("train", 2), config={"model": {"width": width}, "seed": 0})
+        run(r, one_device, tmp_path, progress=True)
+    assert "config.model/width: was 3, is now 4" in capsys.readouterr().err
+
+
 def test_restructuring_without_steps_is_saved(one_device, tmp_path):
     r = recipe(phase("a", 4), Phase("grow", enter=grow))
     run(r, one_device, tmp_path)
@@ -164,6 +171,15 @@ def test_sigterm_saves_and_leaves(one_device, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [5]
+
+
+def test_checkpoints_by_minutes_and_tensorboard(one_device, tmp_path):
+    changes = {"checkpoint_every": 0, "checkpoint_minutes": 0.0, "tensorboard": True}
+    run(recipe(phase("a", 3)), one_device, tmp_path, **changes)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"learning_rate" in events.read_bytes()
 
 
 def test_start_from_another_run(one_device, tmp_path):

@@ -1,4 +1,4 @@
-"""ListOps (Nangia & Bowman 2018, arXiv 1804.06028): nested lists of digits, each with its operator."""
+"""ListOps (Nangia & Bowman 2018, arXiv 1804.06028): nested lists of digits with operators."""
 
 from __future__ import annotations
 

@@ -254,10 +254,12 @@ class Text:
         return Deferred(make, batch_size, {"tokens": ((length + 1,), np.int32)})
 
     def held_out(self, length: int, batch_size: int, limit: int | None = None) -> Deferred:
-        """Windows that predict each held-out token once; the first `limit` batches."""
+        """Windows that predict each held-out token once; or `limit` batches, spread over them."""
 
         def make() -> Epoch:
-            return Epoch(Windows(self.corpus.validation, length, length), batch_size, limit=limit)
+            tokens = self.corpus.validation
+            spread = 1 if limit is None else (len(tokens) - length - 1) // (limit * batch_size)
+            return Epoch(Windows(tokens, length, max(length, spread)), batch_size, limit=limit)
 
         row = {"tokens": ((length + 1,), np.int32), "weight": ((), np.float32)}
         return Deferred(make, batch_size, row)

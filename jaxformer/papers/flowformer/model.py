@@ -10,15 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from jaxformer.kernels.attention.masks import Mask
 from jaxformer.kernels.linear_attention import causal_sum, key_value_state, linear_attention
-from jaxformer.nn.attention import head_sizes
-from jaxformer.nn.cache import DecodeUnsupported, require_cache
-from jaxformer.nn.einsum import Einsum
-from jaxformer.nn.mask import causal_and_valid
-from jaxformer.recipe import ConfigError
+from jaxformer.nn.cache import require_cache
+from jaxformer.nn.linear_attention import LinearMixer
 
 EPSILON = 1e-6
 
@@ -145,72 +140,44 @@ def attend_causally(
     return r, State(before.count + length, *last, before.kv + key_value_state(k, v))
 
 
-class FlowAttention(nn.Module):
+class FlowAttention(LinearMixer):
     """Multi-head flow attention, a `jaxformer.nn.block.Mixer`; features are sigmoids.
 
     `clamp` bounds the conserved outgoing flow before competition: 1 in the authors' core file, 5 in
-    their language model, None not at all. `compete` and `allocate` are the paper's ablations
-    (table 7); leave both on.
-
-    Raises:
-        ConfigError: heads do not divide the width, a mask it cannot follow, or padding of a causal
-            sequence.
+    their language model, None not at all. `compete` and `allocate` are the paper's ablations;
+    leave both on.
     """
 
-    heads: int
     clamp: float | None = 1.0
     compete: bool = True
     allocate: bool = True
-    use_bias: bool = True
 
-    @nn.compact
-    def __call__(
-        self,
-        x_BxLxD: jax.Array,
-        kv_BxSxD: jax.Array | None = None,
-        *,
-        mask: Mask,
-        positions: jax.Array | None = None,
-        train: bool = False,
-        decode: bool = False,
-    ) -> jax.Array:
-        del positions, train
-        width = x_BxLxD.shape[-1]
-        _, head_size = head_sizes(width, self.heads)
-        causal, valid_BxS = causal_and_valid(mask, "flow attention")
-        if decode and (not causal or kv_BxSxD is not None):
-            raise DecodeUnsupported(self)
-        if causal and valid_BxS is not None:
-            raise ConfigError(
-                "mask: causal flow attention takes no padding; put it at the end of a sequence, "
-                "where nothing before it sees it"
-            )
-
-        def project(x: jax.Array, name: str) -> jax.Array:
-            return Einsum("...D,DHK->...HK", (self.heads, head_size), self.use_bias, name=name)(x)
-
-        source_BxSxD = x_BxLxD if kv_BxSxD is None else kv_BxSxD
-        q = jax.nn.sigmoid(project(x_BxLxD, "query").astype(jnp.float32))
-        k = jax.nn.sigmoid(project(source_BxSxD, "key").astype(jnp.float32))
-        v = project(source_BxSxD, "value")
-        parts: dict[str, Any] = {"clamp": self.clamp, "compete": self.compete}
-        parts["allocate"] = self.allocate
-        if decode:
-            r = self._advance(q, k, v, parts)
-        elif causal:
-            r, _ = attend_causally(q, k, v, **parts)
-        else:
-            valid_BxL = valid_BxS if kv_BxSxD is None else None
-            r = attend(q, k, v, valid_BxL=valid_BxL, valid_BxS=valid_BxS, **parts)
-        out = Einsum("...HK,HKD->...D", (width,), self.use_bias, name="out")
-        return out(r.astype(x_BxLxD.dtype))
-
-    def _advance(self, q: jax.Array, k: jax.Array, v: jax.Array, parts: Any) -> jax.Array:
-        """Read the next positions from the state in the collection "cache"."""
-        batch, _, heads, head_size = q.shape
+    def causal(self, q: jax.Array, k: jax.Array, v: jax.Array, *, decode: bool) -> jax.Array:
+        if not decode:
+            return attend_causally(_feature(q), _feature(k), v, **self._parts())[0]
         require_cache(self, "flow")
+        batch, _, heads, head_size = q.shape
         state = self.variable("cache", "flow", State.empty, batch, heads, head_size)
-        r, after = attend_causally(q, k, v, state.value, **parts)
+        r, after = attend_causally(_feature(q), _feature(k), v, state.value, **self._parts())
         if not self.is_initializing():
             state.value = after
         return r
+
+    def bidirectional(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        valid_BxL: jax.Array | None,
+        valid_BxS: jax.Array | None,
+    ) -> jax.Array:
+        valid = {"valid_BxL": valid_BxL, "valid_BxS": valid_BxS}
+        return attend(_feature(q), _feature(k), v, **valid, **self._parts())
+
+    def _parts(self) -> dict[str, Any]:
+        return {"clamp": self.clamp, "compete": self.compete, "allocate": self.allocate}
+
+
+def _feature(x: jax.Array) -> jax.Array:
+    return jax.nn.sigmoid(x.astype(jnp.float32))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformer.recipe import ConfigError, Extra, Generates, Params
+from jaxformer.errors import ConfigError
+from jaxformer.recipe import Extra, Generates, Params
+
+Prompt = TypeVar("Prompt", str, list[int])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +64,11 @@ class Sampler:
         return jax.vmap(jax.random.categorical)(keys_B, self.restrict(logits_BxV)).astype(jnp.int32)
 
 
-class Completion(NamedTuple):
-    """What followed one prompt; `text` where the prompt was text."""
-
-    tokens: list[int]
-    text: str | None
-
-
 def generate(
     task: Generates,
     params: Params,
     extra: Extra,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
     length: int,
     key: jax.Array,
@@ -81,12 +77,13 @@ def generate(
     top_p: float | None = None,
     stop: Collection[int] = (),
     on_token: Callable[[int, int], None] | None = None,
-) -> list[Completion]:
-    """Continue every prompt by `length` tokens, or up to the first token in `stop`, inclusive.
+) -> list[Prompt]:
+    """What follows each prompt: `length` tokens, or those up to one in `stop`, inclusive.
 
-    Prompts are texts or token sequences of any lengths. What follows one does not depend on those
-    beside it: row i draws its n-th token with fold_in(fold_in(key, i), n). `on_token(row, token)`
-    is called with each new token as it appears; without it the loop runs on the device.
+    Prompts are texts or lists of tokens, of any lengths; what follows is of the same kind, without
+    the prompt, and does not depend on the prompts beside it: row i draws its n-th token with
+    fold_in(fold_in(key, i), n). `on_token(row, token)` is called with each new token as it
+    appears; without it the loop runs on the device.
 
     Raises:
         ConfigError: an argument out of range, or an empty prompt.
@@ -98,9 +95,10 @@ def generate(
         )
     if length < 1:
         raise ConfigError(f"length={length}: must be at least 1 new token")
-    rule = _Rule(task, Sampler(temperature, top_k, top_p), length, tuple(sorted(stop)))
+    rule = _Rule(task, Sampler(temperature, top_k, top_p), length)
     tokens, lengths = _pad([task.encode(p) if isinstance(p, str) else p for p in prompts], length)
-    progress = _read_prompts(rule, int(lengths.min()), params, extra, tokens, lengths, key)
+    stop = np.asarray(sorted(stop), np.int32)
+    progress = _read_prompts(rule, int(lengths.min()), params, extra, tokens, lengths, stop, key)
     if on_token is None:
         progress = _finish(rule, params, extra, progress)
     else:
@@ -108,7 +106,7 @@ def generate(
     rows, ends = jax.device_get((progress.tokens, progress.ends))
     found = [row[n:end].tolist() for row, n, end in zip(rows, lengths, ends, strict=True)]
     return [
-        Completion(new, task.decode(new) if isinstance(prompt, str) else None)
+        task.decode(new) if isinstance(prompt, str) else new
         for prompt, new in zip(prompts, found, strict=True)
     ]
 
@@ -120,12 +118,12 @@ class _Rule:
     task: Generates
     sampler: Sampler
     length: int
-    stop: tuple[int, ...]
 
 
 class _Progress(NamedTuple):
     tokens: jax.Array  # (B, T) prompts, then what followed them
     lengths: jax.Array  # (B,) of the prompts
+    stop: jax.Array  # the tokens that end a row
     ends: jax.Array  # (B,) where the tokens known so far end
     column: jax.Array  # the next column to fill
     added: jax.Array  # (B,) whether the last filled column is a new token of that row
@@ -157,6 +155,7 @@ def _read_prompts(
     extra: Extra,
     tokens: jax.Array,
     lengths: jax.Array,
+    stop: jax.Array,
     key: jax.Array,
 ) -> _Progress:
     """Read what all prompts have, side by side, and fill the next column.
@@ -171,7 +170,7 @@ def _read_prompts(
     logits, state = rule.task.advance(params, extra, state, tokens[:, :shortest])
     none = jnp.zeros(batch, bool)
     column = jnp.asarray(shortest, jnp.int32)
-    progress = _Progress(tokens, lengths, lengths, column, none, none, keys, state)
+    progress = _Progress(tokens, lengths, stop, lengths, column, none, none, keys, state)
     return _fill(rule, progress, logits)
 
 
@@ -182,13 +181,13 @@ def _fill(rule: _Rule, at: _Progress, logits_BxV: jax.Array) -> _Progress:
     count = jnp.maximum(at.column - at.lengths, 0)
     drawn = rule.sampler.draw(jax.vmap(jax.random.fold_in)(at.keys, count), logits_BxV)
     token = jnp.where(added, drawn, given)
-    stopped = jnp.isin(token, jnp.asarray(rule.stop, jnp.int32)) | (count + 1 >= rule.length)
+    ended = (token[:, None] == at.stop).any(-1) | (count + 1 >= rule.length)
     return at._replace(
         tokens=jax.lax.dynamic_update_index_in_dim(at.tokens, token, at.column, axis=1),
         ends=jnp.where(added, at.column + 1, at.ends),
         column=at.column + 1,
         added=added,
-        done=at.done | (added & stopped),
+        done=at.done | (added & ended),
     )
 
 
