@@ -27,6 +27,13 @@ def test_gp_draws_have_the_covariance_of_the_kernel():
     np.testing.assert_array_equal(batch["y"], batch["target"])
 
 
+def test_factors_by_columns_are_cholesky_factors():
+    x = np.random.default_rng(0).normal(size=(30, 12))
+    gram = np.float32(x.T @ x / 30)
+    factor = jax.jit(priors.factor_by_columns)(gram)
+    np.testing.assert_allclose(factor, np.linalg.cholesky(gram), atol=1e-5)
+
+
 def test_context_lengths_are_shared_and_follow_their_law():
     for law, p in (
         (priors.weighted(5), 1 / (5 - np.arange(5))),

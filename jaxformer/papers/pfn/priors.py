@@ -104,6 +104,16 @@ def matern52(d2: Any, xp: ModuleType = jnp) -> Any:
     return (1 + r + r**2 / 3) * xp.exp(-r)
 
 
+def factor_by_columns(gram: jax.Array) -> jax.Array:
+    """Lower Cholesky factor (n, n), one column after another."""
+
+    def column(j: jax.Array, factor: jax.Array) -> jax.Array:
+        rest = gram[:, j] - factor @ factor[j]
+        return factor.at[:, j].set(jnp.where(jnp.arange(len(gram)) < j, 0, rest / rest[j] ** 0.5))
+
+    return jax.lax.fori_loop(0, len(gram), column, jnp.zeros_like(gram))
+
+
 @dataclasses.dataclass(frozen=True)
 class GP:
     """A zero-mean Gaussian process on the unit cube; `noise` is a variance and part of the target.
@@ -135,7 +145,12 @@ class GP:
         scaled = x / jnp.asarray(self.lengthscale)
         d2 = jnp.square(scaled[:, None] - scaled).sum(-1)
         gram = self.outputscale * self.shape(d2) + self.noise_variance * jnp.eye(len(x))
-        return jnp.linalg.cholesky(gram) @ jax.random.normal(key, x.shape[:1])
+        # The batched LAPACK calls of jaxlib 0.10 wait in the thread pool that runs them: on several
+        # CPU devices they wait for each other for ever.
+        factor = jax.lax.platform_dependent(
+            gram, cpu=factor_by_columns, default=jnp.linalg.cholesky
+        )
+        return factor @ jax.random.normal(key, x.shape[:1])
 
     def __call__(self, key: jax.Array, T: int) -> DataSet:
         x_key, y_key = jax.random.split(key)
