@@ -104,8 +104,8 @@ def initialise(recipe: Recipe, mesh: Mesh, seed: int) -> TrainState:
     """A new state on the mesh, with parameters of another run where the recipe says so."""
     abstract = abstract_states(recipe, mesh)[0]
     make = jax.jit(lambda key: new_state(recipe, key), out_shardings=shardings(abstract))
-    # Programs outside the loop run one at a time: two different ones with collectives, in flight on
-    # 8 simulated devices and 2 cores, dead-locked in XLA's rendezvous (seen, in 1 run of about 20).
+    # Programs outside the loop run one at a time: those with collectives dead-lock when two are in
+    # flight on more simulated devices than cores, just as unbounded steps do.
     state = jax.block_until_ready(make(jax.random.key(seed)))
     return start_from(recipe.init_from, state) if recipe.init_from else state
 
