@@ -35,7 +35,14 @@ def get_config(preset: str) -> ConfigDict:
     }
     config.data = {
         "prior": "gp",  # ridge | gp | hyper_gp | bnn | tabular_bnn | tabular_gp | strokes
-        "arguments": {"features": 1, "outputscale": 1.0, "lengthscale": 0.3, "noise": 0.01},
+        "arguments": {
+            "features": 1,
+            "shape": "rbf",  # rbf | matern52
+            "outputscale": 1.0,
+            "lengthscale": 0.3,
+            "noise": 0.01,  # a variance
+            "equidistant": False,
+        },
         "T": 20,  # rows of a data set
         "context": "weighted",  # weighted | uniform | fixed
         "limit": 17,  # the context has 0 .. limit - 1 rows, or limit if fixed
@@ -75,7 +82,8 @@ def paper(config: ConfigDict, preset: str) -> None:
     config.evaluate.update({"every": 1000, "batches": 16})
     config.fit.update(log_every=100, checkpoint_every=2000)
     if preset == "paper":
-        # 10,000 epochs of 100 batches of 4, of which 25 make a step.
+        # 10,000 epochs of 100 batches of 4, of which 25 make a step. On one device set
+        # gradient.accumulate=25 as well.
         config.update({"steps": 40_000, "batch_size": 100})
         config.data.update({"T": 2010, "limit": 2000})
         config.data.arguments.update({"features": 5, "lengthscale": 0.6, "noise": 1e-4})
@@ -89,7 +97,7 @@ def paper(config: ConfigDict, preset: str) -> None:
     elif preset == "paper_hyper_gp":
         config.update({"steps": 40_000, "batch_size": 100})
         config.data.update({"prior": "hyper_gp", "T": 110, "limit": 100})
-        config.data.arguments = {"features": 5}
+        config.data.arguments = {"features": 5, "shape": "matern52"}
         config.criterion.update({"bars": 1000, "samples": 1_000_000})
         config.optim.update(learning_rate=3e-4)
     elif preset == "paper_bnn":

@@ -1,8 +1,8 @@
 """Distributions over the real line made of bars, for regression by classification.
 
 Borders b_0 < ... < b_J cut a range into bars (b_j, b_{j+1}], the first closed; logits (..., J) give
-the mass of each. The density inside a bar is uniform ("Riemann distribution", Müller et al. 2022,
-arXiv 2112.10510, section 4). A distribution holds the borders alone and is a pytree; its methods
+the mass of each. The density inside a bar is uniform: the "Riemann distribution" of Müller et al.
+2022, arXiv 2112.10510. A distribution holds the borders alone and is a pytree; its methods
 take the logits, and targets or probabilities that broadcast against logits.shape[:-1].
 """
 
@@ -243,7 +243,7 @@ class FullSupportBarDistribution(BarDistribution):
     """Bars whose first and last are half-normals, so that every real number has a density.
 
     The half-normals start at b_1 and b_{J-1} and run outwards; half of the mass of each lies
-    between the two borders of its bar (arXiv 2112.10510, appendix E).
+    between the two borders of its bar.
     """
 
     def __post_init__(self) -> None:

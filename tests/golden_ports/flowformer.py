@@ -59,13 +59,16 @@ def attention_case(case):
 
 
 def causal_flow(q, k):
-    """The bidirectional flow of every prefix, read at its last position: the causal form is it."""
-    length = q.shape[1]
-    after = [model.attend_causally(q[:, :t], k[:, :t], k[:, :t])[1] for t in range(1, length + 1)]
-    q_in = jnp.concatenate([state.q_in for state in after], 1)
-    counts = jnp.arange(1, length + 1)[:, None]
-    source = ((k + model.EPSILON) * (q_in + model.EPSILON)).sum(-1) / counts
-    return model.Flow(None, None, source)
+    """The conserved source flow of the causal form, from the states it decodes through."""
+    state = model.State.empty(q.shape[0], *q.shape[2:])
+    advance = jax.jit(model.attend_causally)
+    sources = []
+    for t in range(q.shape[1]):
+        now = (x[:, t : t + 1] for x in (q, k, k))
+        state = advance(*now, state)[1]
+        edges = (k[:, t : t + 1] + model.EPSILON) * (state.q_in + model.EPSILON)
+        sources.append(edges.sum(-1) / (t + 1))
+    return model.Flow(None, None, jnp.concatenate(sources, 1))
 
 
 def vision_block(case):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
-from jaxformer.papers.linear_icl import model
+from jaxformer.models.transformer import Transformer
+from jaxformer.papers.linear_icl import authors, model
+from jaxformer.papers.linear_icl.transformer import in_context_transformer, interleave
 
 
 def closed_form(case):
@@ -32,8 +35,26 @@ def closed_form(case):
         "out/reduced_du": du,
         "out/L_min": model.minimum_loss(Lambda, N),
         "out/risk": model.mean_risk(Lambda, N, M),
-        "out/random_cov_B": model.random_covariance_limit(x["lambdas"], N),
+        "out/random_cov_B": jnp.diagonal(
+            model.random_covariance_limit(jax.vmap(jnp.diag)(x["lambdas"]), N)
+        ),
     }
 
 
-PORTS = {"closed_form": closed_form}
+def garg_transformer(case):
+    c = case.config
+    heads, layers = c["n_head"], c["n_layer"]
+    trunk = Transformer(width=c["n_embd"], depth=layers, heads=heads, mlp="gelu_tanh")
+    module = in_context_transformer(trunk, c["n_positions"])
+
+    def main(weights, inputs):
+        params = authors.transformer(weights, heads, layers)
+        return module.apply({"params": params}, inputs["xs"], inputs["ys"])
+
+    found = case.outputs_and_gradients(main)
+    x, y = case.inputs["xs"], case.inputs["ys"]
+    error = found["out/main"] - y
+    return {**found, "out/combined": interleave(x, y), "out/loss_mse": (error**2).mean()}
+
+
+PORTS = {"closed_form": closed_form, "garg_transformer": garg_transformer}

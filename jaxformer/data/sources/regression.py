@@ -24,6 +24,7 @@ __all__ = [
     "linear_labels",
     "noisy_labels",
     "orthogonal_query",
+    "quadratic_labels",
     "random_diagonal_covariance",
     "same_query",
     "scaled_query",
@@ -68,6 +69,11 @@ def linear_labels(key: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
 def noisy_labels(noise: float) -> LabelFn:
     """<w, x> + noise * N(0, 1)."""
     return lambda key, x, w: x @ w + noise * jax.random.normal(key, x.shape[:1], x.dtype)
+
+
+def quadratic_labels(c: float) -> LabelFn:
+    """<w, x> + c (x_1^2 - 1)."""
+    return lambda key, x, w: x @ w + c * (x[:, 0] ** 2 - 1)
 
 
 def same_query(key: jax.Array, R: jax.Array, x: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from jaxformer.tasks import linen
 
 @dataclasses.dataclass(frozen=True)
 class PFNTask:
-    """Mean negative log likelihood of the rows from n on (arXiv 2112.10510, equation 1).
+    """Mean negative log likelihood of the rows from n on: the paper's prior-data NLL.
 
     Batches are those of `priors.DataSets`: {"x" (B, T, F), "y" (B, T), "target" (B, T), "n" (B,)},
     optionally with "weight" (B,).
