@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxformer
 from jaxformer.analyze.flops import count
 from jaxformer.kernels.attention import Causal, Full, KeyPadding, Window
 from jaxformer.nn.cache import DecodeUnsupported
@@ -18,6 +19,7 @@ from jaxformer.papers.flowformer.model import (
 )
 from jaxformer.recipe import ConfigError
 from jaxformer.tasks import linen
+from jaxformer.train.states import on_device
 
 KEY = jax.random.key(0)
 
@@ -53,6 +55,17 @@ def test_equals_the_quadratic_form(sinks, sources):
     np.testing.assert_allclose(ones, jnp.broadcast_to(gate[..., None], ones.shape), rtol=1e-4)
     plain = attend(q, k, v, compete=False, allocate=False)
     np.testing.assert_allclose(plain, jnp.einsum("bhij,bjhk->bihk", weights, v), atol=1e-5)
+
+
+def test_competition_is_a_softmax_where_sinks_agree():
+    """For n equal sinks c = m softmax(n A) exactly, unless Ô is clamped."""
+    q, k, v = features(sinks=1, sources=6)
+    weights = jnp.einsum("bihk,bjhk->bjh", q, k) / conserve(q, k).incoming_BxLxH
+    for n in (1, 12):
+        sharp = weights * 6 * jax.nn.softmax(n * weights, axis=1)
+        expected = jnp.einsum("bjh,bjhk->bhk", sharp, v)
+        found = attend(jnp.repeat(q, n, 1), k, v, clamp=None, allocate=False)
+        np.testing.assert_allclose(found, jnp.stack([expected] * n, 1), atol=1e-4)
 
 
 def test_sources_are_a_set_and_sinks_are_permuted():
@@ -154,10 +167,29 @@ def test_the_mixer_reads_masks_and_refuses_what_it_cannot():
         attend_causally(q, k, v)
 
 
+@pytest.mark.parametrize(
+    ("preset", "task"), [("recall", "recall"), ("recall", "queries"), ("listops", "listops")]
+)
+def test_every_task_is_scored(preset, task):
+    """At the start the loss is near that of a guess, over as many answers as there are."""
+    small = {"batch_size": 4, "model__width": 16, "model__hidden": 16, "model__vocabulary": 66}
+    recipe = jaxformer.load(f"flowformer:{preset}", data__task=task, **small)
+    data = recipe.phases[0].data
+    batch = on_device(data, data.batch(0))
+
+    @jax.jit
+    def score(batch):
+        params, extra = recipe.task.init(KEY, batch)
+        return recipe.task.loss(params, extra, batch, key=KEY, train=False)
+
+    output = score(batch)
+    chance = np.log({"recall": 16, "queries": 66, "listops": 10}[task])
+    assert 0.5 < output.loss / chance < 2
+    assert output.weight == (64 if task == "queries" else 4)  # 16 answers in each of 4 rows
+
+
 @pytest.mark.parametrize("mixer", ["flow", "linear", "softmax"])
 def test_the_language_model_decodes_as_it_trains(mixer):
-    import jaxformer
-
     task = jaxformer.load("flowformer:tiny", model__mixer=mixer).task
     tokens = jax.random.randint(KEY, (2, 24), 0, 257)
     params, extra = task.init(KEY, {"tokens": tokens})
