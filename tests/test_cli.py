@@ -71,6 +71,7 @@ def test_markdown_list_is_the_table_of_the_readme(capsys):
     assert capsys.readouterr().out.strip() in (PACKAGE.parent / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_train_evaluate_sample(tmp_path, capsys):
     """The whole way of a user, in this process, on the tiny preset."""
     run = str(tmp_path / "run")

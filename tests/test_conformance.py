@@ -118,6 +118,7 @@ def test_is_a_paper(slug):
 
 
 @every_paper
+@pytest.mark.slow
 def test_learns(slug):
     """Loss finite and falling, one compilation per phase, no dead parameter."""
     run = finished(slug)
@@ -136,6 +137,7 @@ def test_learns(slug):
 
 
 @every_paper
+@pytest.mark.slow
 def test_seed_decides(slug):
     """The same seed gives the same numbers, bit for bit; another seed gives others."""
     options = FitOptions(progress=False, seed=0)
@@ -155,6 +157,7 @@ def test_seed_decides(slug):
 
 
 @every_paper
+@pytest.mark.slow
 def test_micro_batches(slug):
     """Four micro-batches give the step of the whole batch."""
     whole, parts = recipe_of(slug), recipe_of(slug, gradient__accumulate=4)
@@ -171,6 +174,7 @@ def first_steps(recipe, mesh, steps=3):
 
 
 @every_paper
+@pytest.mark.slow
 def test_meshes_agree(slug):
     """Eight simulated devices, in two arrangements, take the steps that one takes."""
     recipe = recipe_of(slug)
@@ -181,6 +185,7 @@ def test_meshes_agree(slug):
 
 
 @every_paper
+@pytest.mark.slow
 def test_padding_changes_nothing(slug):
     """Rows of weight 0 leave the loss and every metric as they are."""
     run = finished(slug)
@@ -206,6 +211,7 @@ def test_padding_changes_nothing(slug):
 
 
 @every_paper
+@pytest.mark.slow
 def test_resumes_on_other_devices(slug):
     """A checkpoint of one device continues on eight."""
     run = finished(slug)
@@ -262,6 +268,7 @@ def test_paper_preset_lowers_for_pods(slug):
 
 
 @every_paper
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_state(slug):
     """With bfloat16 compute, parameters and optimiser state stay float32."""
     config = load_config(f"{slug}:tiny")

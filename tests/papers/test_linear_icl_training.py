@@ -22,6 +22,8 @@ from jaxformer.parallel.mesh import make_mesh
 from jaxformer.recipe import ConfigError, Predicts
 from jaxformer.train.fit import FitOptions, fit
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 QUIET = FitOptions(progress=False)
 

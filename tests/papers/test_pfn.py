@@ -296,6 +296,7 @@ def table():
     return X, X[:, 0] - X[:, 1] > 0, X.sum(1)
 
 
+@pytest.mark.slow
 def test_regressor_is_one_call_on_prepared_rows(pretrained, table):
     x, _, y = table
     regressor = PFNRegressor(pretrained).fit(x[:30], y[:30])
@@ -350,6 +351,7 @@ def test_scikit_learn_can_handle_them(pretrained, table):
     assert regressor.set_params(rescale=True).get_params()["rescale"]
 
 
+@pytest.mark.slow
 def test_a_run_becomes_an_estimator(tmp_path, table, one_device):
     recipe = jaxformer.load("pfn:tiny", steps=1, model__depth=1, criterion__samples=320)
     recipe = dataclasses.replace(recipe, evaluators=[])
