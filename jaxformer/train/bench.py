@@ -154,4 +154,5 @@ def _random_state(mebibytes: int) -> TrainState:
     shape = (mebibytes * 2**20 // 4 // parts,)
     keys = jax.random.split(jax.random.key(0), parts)
     params = {f"part_{i}": jax.random.normal(key, shape) for i, key in enumerate(keys)}
-    return TrainState(jnp.zeros((), jnp.int32), params, {}, {}, jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), params, {}, {}, jax.random.key(0))
+    return jax.block_until_ready(state)
