@@ -137,7 +137,7 @@ def _backward(saved: Any, cotangents: Any) -> tuple[Request]:
     daux = {name: dataclasses.replace(o, value=daux[name]) for name, o in x.aux.items()}
     d = Inputs(dq, dk * rules.scale, dv, dsink, daux)
     (d,) = pull_layout(jax.tree.map(lambda dx, x: dx.astype(x.dtype), d, x))
-    nothing = dict(mask=None, q_pos=None, k_pos=None, seed=None)
+    nothing = dict(mask=None, q_pos=None, k_pos=None, seed=None, origin=None)
     aux = {name: d.aux.get(name) for name in request.aux}
     return (dataclasses.replace(request, q=d.q, k=d.k, v=d.v, sink=d.sink, aux=aux, **nothing),)
 

@@ -48,6 +48,10 @@ class Mask:
         del sizes
         return None
 
+    def leaf_axes(self) -> tuple[str, ...]:
+        """For each array the mask carries, the score axes (b, h, l, s) that its axes lie along."""
+        return ()
+
     def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
         """Visibility, broadcastable to the tile; `aux` is `operands(...)` cut to the tile."""
         raise NotImplementedError
@@ -277,6 +281,9 @@ class Prefix(Mask):
             return PARTIAL
         return FULL if k[-1] < self.n else SKIP if k[0] >= self.n else PARTIAL
 
+    def leaf_axes(self) -> tuple[str, ...]:
+        return () if self._static else ("b"[: jnp.ndim(self.n)],)
+
     def operands(self, sizes: Sizes) -> Any:
         if self._static:
             return None
@@ -301,6 +308,9 @@ class Segments(_ArrayMask):
     q_ids: jax.Array
     kv_ids: jax.Array
 
+    def leaf_axes(self) -> tuple[str, ...]:
+        return "bl"[-jnp.ndim(self.q_ids) :], "bs"[-jnp.ndim(self.kv_ids) :]
+
     def operands(self, sizes: Sizes) -> Any:
         per_row = [jnp.atleast_2d(x)[:, None] for x in (self.q_ids, self.kv_ids)]
         return PerQ(per_row[0]), PerK(per_row[1])
@@ -316,6 +326,9 @@ class KeyPadding(_ArrayMask):
     """Visible keys of each batch row: booleans (B, S), or integer lengths (B,)."""
 
     valid: jax.Array
+
+    def leaf_axes(self) -> tuple[str, ...]:
+        return ("bs"[: jnp.ndim(self.valid)],)
 
     def operands(self, sizes: Sizes) -> Any:
         valid = jnp.asarray(self.valid)
@@ -339,6 +352,9 @@ class DenseMask(_ArrayMask):
 
     visible: jax.Array
 
+    def leaf_axes(self) -> tuple[str, ...]:
+        return ("bhls"[-jnp.ndim(self.visible) :],)
+
     def operands(self, sizes: Sizes) -> Any:
         visible = jnp.asarray(self.visible)
         if visible.dtype != bool:
@@ -357,6 +373,9 @@ class DenseMask(_ArrayMask):
 class _Pair(Mask):
     a: Mask
     b: Mask
+
+    def leaf_axes(self) -> tuple[str, ...]:
+        return (*self.a.leaf_axes(), *self.b.leaf_axes())
 
     def operands(self, sizes: Sizes) -> Any:
         return self.a.operands(sizes), self.b.operands(sizes)
