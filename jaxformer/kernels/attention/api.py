@@ -85,7 +85,8 @@ def attention(
     )
     chosen, why = implementation(request, impl)
     if log.isEnabledFor(logging.INFO):
-        log.info("%s", _plan(request, chosen.name, why))
+        plan = _plan(request, chosen.name, why)
+        log.info("attention of %s queries to %s keys: %s", request.q.shape, request.k.shape, plan)
     o, lse = over_mesh(chosen.run, request)
     return (o, lse) if return_lse else o
 
