@@ -363,6 +363,28 @@ def test_wrong_shapes_are_named():
         attention(x, x, x.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Segments(jnp.zeros((2, 5), int), jnp.zeros((2, 4), int)), r"Segments.*\(2, 5\).*\(B, L\)"),
+        (Causal() & KeyPadding(jnp.zeros(3, int)), r"And.*\(3,\).*\(B\) = \(2,\)"),
+        (Prefix(jnp.zeros((2, 2), int)), r"Prefix.*\(2, 2\)"),
+        (DenseMask(jnp.ones((4, 3), bool)), r"DenseMask.*\(L, S\) = \(4, 4\)"),
+        (DenseMask(jnp.ones((1, 2, 2, 4, 4), bool)), r"DenseMask.*\(1, 2, 2, 4, 4\)"),
+    ],
+)
+def test_masks_that_do_not_fit_are_named(mask, message):
+    x = jax.ShapeDtypeStruct((2, 4, 2, 3), jnp.float32)
+    with pytest.raises(ValueError, match=f"mask: .*{message}"):
+        plan(x, x, x, mask=mask)
+
+
+def test_integers_are_refused():
+    x = jnp.ones((2, 4, 2, 3), jnp.int32)
+    with pytest.raises(ValueError, match="floating-point arrays, got int32"):
+        attention(x, x, x)
+
+
 def test_a_closed_over_array_is_refused_not_silently_constant():
     q, k, v = qkv()
 

@@ -18,7 +18,7 @@ from jax import lax
 from jaxformer.kernels.attention.choice import implementation
 from jaxformer.kernels.attention.masks import Full, Mask
 from jaxformer.kernels.attention.mods import ProbMod, ScoreMod, seed_of
-from jaxformer.kernels.attention.operands import Operand
+from jaxformer.kernels.attention.operands import Operand, Sizes
 from jaxformer.kernels.attention.request import Request, Rules
 from jaxformer.kernels.attention.shards import over_mesh
 from jaxformer.kernels.attention.tiling import tiling, visible_scores
@@ -173,6 +173,7 @@ def _request(
     heads = _check_shapes(q, k, v, head_map, sink)
     if not isinstance(mask, Mask):
         raise ValueError(f"mask: needs a Mask (for an array: DenseMask), got {type(mask).__name__}")
+    _check_mask(mask, Sizes(*q.shape[:3:2], q.shape[1], k.shape[1]))
     if prob_mod is not None and not isinstance(prob_mod, ProbMod):
         raise ValueError("prob_mod: needs ProbMod(fn, linear=True or False)")
     for name, operand in (aux or {}).items():
@@ -224,6 +225,8 @@ def _check_shapes(
         raise ValueError(f"attention: every axis needs at least one element, got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: types differ: {q.dtype}, {k.dtype}, {v.dtype}")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"attention: needs floating-point arrays, got {q.dtype}")
     h, g = q.shape[2], k.shape[2]
     if sink is not None and sink.shape != (h,):
         raise ValueError(f"sink: needs one number per query head, ({h},), got {sink.shape}")
@@ -236,3 +239,17 @@ def _check_shapes(
         raise ValueError(f"head_map: needs {h} key heads in [0, {g}), got {heads}")
     uniform = h % g == 0 and heads == tuple(i // (h // g) for i in range(h))
     return None if uniform else heads
+
+
+def _check_mask(mask: Mask, sizes: Sizes) -> None:
+    """Raise ValueError where an array of the mask does not lie over the scores."""
+    for axes, array in zip(mask.leaf_axes(), jax.tree.leaves(mask), strict=True):
+        full = tuple(getattr(sizes, axis) for axis in axes)
+        shape = jnp.shape(array)
+        if len(shape) != len(full) or any(
+            n not in (1, m) for n, m in zip(shape, full, strict=True)
+        ):
+            raise ValueError(
+                f"mask: {type(mask).__name__} has an array of shape {shape}, which does not "
+                f"broadcast to ({', '.join(axes.upper())}) = {full}"
+            )
