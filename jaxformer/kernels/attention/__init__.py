@@ -1,20 +1,17 @@
 """Softmax attention: the op, its masks, the operands of its modifications."""
 
 from jaxformer.kernels.attention.api import attention, explain, merge, plan
+from jaxformer.kernels.attention.array_masks import DenseMask, KeyPadding, Prefix, Segments
 from jaxformer.kernels.attention.choice import AttentionUnsupported
 from jaxformer.kernels.attention.masks import (
     And,
     BlockSparse,
     Causal,
-    DenseMask,
     Diagonal,
     Full,
-    KeyPadding,
     Mask,
     MaskMod,
     Or,
-    Prefix,
-    Segments,
     TileState,
     Window,
     dense,

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxformer.kernels.attention.masks import And, Causal, Full, KeyPadding, Mask, Window
+from jaxformer.kernels.attention.array_masks import KeyPadding
+from jaxformer.kernels.attention.masks import And, Causal, Full, Mask, Window
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.dispatch import Refusal
 from jaxformer.kernels.target import target

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformer.kernels.attention.array_masks import KeyPadding
 from jaxformer.kernels.attention.cudnn import split_padding
-from jaxformer.kernels.attention.masks import Causal, Full, KeyPadding, Mask, Window
+from jaxformer.kernels.attention.masks import Causal, Full, Mask, Window
 from jaxformer.kernels.attention.operands import PerK, Sizes
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.dispatch import Refusal
