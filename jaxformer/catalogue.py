@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxformer.config import load_config, papers
+from jaxformer.config import baselines, load_config, papers
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.claims import Lab, run_claims
 from jaxformer.recipe import Recipe
@@ -29,8 +29,12 @@ def paper_module(paper: str) -> ModuleType:
 
 
 def build(config: ConfigDict) -> Recipe:
-    """The recipe of a config, made by its paper."""
-    recipe = paper_module(config.paper).build(config)
+    """The recipe of a config, made by its paper or baseline."""
+    if config.paper in baselines():
+        module = importlib.import_module(f"jaxformer.baselines.{config.paper}")
+    else:
+        module = paper_module(config.paper)
+    recipe = module.build(config)
     return dataclasses.replace(recipe, config=json.loads(config.to_json()))
 
 

@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("show", _show, "what a config is: phases, parameters, sharding, FLOPs, memory")
     sub.add_argument("config", help="file or paper, with :preset")
 
+    sub = verb("plan", _plan, "compile a config's step for a pod that is not here: does it fit")
+    sub.add_argument("--config", default=DEFAULT, help="file or paper, with :preset")
+    sub.add_argument("--topology", required=True, help="v5e:16x16, v5p:8x8x16, h200:8x8, ...")
+    sub.add_argument("--search", action="store_true", help="find the largest micro-batch")
+
     sub = verb("evaluate", _evaluate, "run a run's evaluators on its checkpoints")
     sub.add_argument("--workdir", required=True)
     sub.add_argument("--steps", default="last", help="last, all, N or N:M")
@@ -190,6 +195,18 @@ def _recipe_of_run(workdir: str, step: int | None = None) -> Any:
     with Checkpoints(workdir) as checkpoints:
         config = ConfigDict(checkpoints.meta(steps[-1] if step is None else step)["config"])
     return build(config), make_mesh(config.mesh.to_dict()), steps
+
+
+def _plan(options: argparse.Namespace, overrides: Any) -> int:
+    from jaxformer.analyze.plan import plan
+    from jaxformer.catalogue import build
+
+    def load(spec: str, **changes: Any) -> Any:
+        return build(load_config(spec, {**overrides, **changes}))
+
+    text, fits = plan(options.config, load, options.topology, options.search)
+    print(text)
+    return 0 if fits else 1
 
 
 def _evaluate(options: argparse.Namespace, _: Any) -> None:

@@ -1,7 +1,8 @@
 """Config files: found, loaded with a preset, overridden. Imports no jax, so mistakes show at once.
 
 A config file is Python: `PRESETS`, a tuple of names, and `get_config(preset) -> ConfigDict`. Its
-field `paper` names the folder of `jaxformer.papers` whose `build(config)` makes the recipe.
+field `paper` names the folder of `jaxformer.papers`, or the module of `jaxformer.baselines`, whose
+`build(config)` makes the recipe.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ def configs_folder() -> Path:
 def papers() -> list[str]:
     """The papers there are: the folders of `jaxformer/papers`."""
     return sorted(p.parent.name for p in (PACKAGE / "papers").glob("*/__init__.py"))
+
+
+def baselines() -> list[str]:
+    """The plain models there are: the modules of `jaxformer/baselines`."""
+    found = (PACKAGE / "baselines").glob("*.py")
+    return sorted(p.stem for p in found if p.stem != "__init__")
 
 
 def _find(spec: str) -> tuple[Path, str | None]:

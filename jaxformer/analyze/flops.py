@@ -13,14 +13,18 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from jaxformer.kernels.target import on_paper
+
 
 def count(function: Callable[..., Any], *args: Any) -> int:
     """Multiply-adds x 2 of all matrix products and convolutions in `function(*args)`.
 
     `args` may be `jax.ShapeDtypeStruct`s. A `while` loop counts once, since its length is not
-    known, and a `cond` as its dearest branch.
+    known, and a `cond` as its dearest branch. Attention counts the scores that its mask leaves,
+    whatever runs it, and twice as much again in a backward pass: recomputation is not counted.
     """
-    return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    with on_paper():
+        return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def _jaxpr(jaxpr: Any) -> int:

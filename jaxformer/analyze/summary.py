@@ -24,7 +24,7 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _local_bytes(tree: Any) -> int:
+def local_bytes(tree: Any) -> int:
     """Bytes of a placed tree on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -93,8 +93,8 @@ def _work(recipe: Recipe, index: int, state: Any, mesh: Mesh | AbstractMesh) -> 
         batch = phase.data.spec() if phase.data is not None else {}
         flops = count(lambda s, b: phase.update(s, on_device(phase.data, b)), state, batch)
         row["GFLOP/step"] = flops / 1e9
-    row["state MiB/device"] = _local_bytes(state) / 2**20
-    row["gradients MiB/device"] = _local_bytes(state.params) / 2**20
+    row["state MiB/device"] = local_bytes(state) / 2**20
+    row["gradients MiB/device"] = local_bytes(state.params) / 2**20
     if phase.steps and isinstance(mesh, Mesh):
         compiled = lower(recipe, mesh, mesh.devices.flat[0].platform, index).compile()
         row["temporary MiB/device"] = compiled.memory_analysis().temp_size_in_bytes / 2**20

@@ -10,7 +10,7 @@ import math
 
 import jax
 
-from jaxformer.kernels.attention import cudnn, splash
+from jaxformer.kernels.attention import counted, cudnn, splash
 from jaxformer.kernels.attention.chunked import chunked
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.xla import xla
@@ -42,6 +42,7 @@ IMPLEMENTATIONS = (
     Implementation("xla", _too_large, jax.jit(xla)),
     Implementation("cudnn", cudnn.refuse, cudnn.cudnn),
     Implementation("splash", splash.refuse, splash.splash),
+    Implementation("counted", counted.refuse, counted.counted),
     *(
         Implementation(name, _not_built, _not_built)
         for name in ("mosaic_gpu", "triton", "mosaic_tpu")
@@ -58,7 +59,9 @@ KERNELS = {
 def implementation(request: Request, impl: str) -> tuple[Implementation, str]:
     """The implementation called `impl`, or the best one for "auto", and why."""
     why = "asked for"
-    if impl == "auto":
+    if target().platform == "paper":
+        impl, why = "counted", "to be counted"
+    elif impl == "auto":
         impl, why = _auto(request)
     return choose(IMPLEMENTATIONS, request, impl, AttentionUnsupported), why
 

@@ -1,0 +1,201 @@
+"""Does it fit, and how fast could it be: a recipe's step compiled for hardware that is not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jax.errors import JaxRuntimeError
+from jax.sharding import Mesh
+
+from jaxformer.analyze.flops import count
+from jaxformer.analyze.hlo import Traffic, collectives
+from jaxformer.analyze.summary import local_bytes
+from jaxformer.errors import ConfigError
+from jaxformer.parallel.mesh import make_mesh
+from jaxformer.parallel.topology import GIB, Topology, topology
+from jaxformer.recipe import Recipe
+from jaxformer.train.states import abstract_states, lower, on_device
+
+USABLE = 0.95  # of a chip's memory; the rest is the runtime's
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """One phase on one topology. Bytes are those of one device."""
+
+    phase: str
+    batch: int
+    parameters: int
+    optimizer: int  # and the rest of the state
+    temporary: int | None  # None: the compiler gave up for want of memory
+    needed: int  # all of it, at the fullest moment
+    flops: int  # of the whole step on all devices
+    traffic: Mapping[str, Traffic]
+    seconds: Mapping[str, float]  # the least that each resource needs
+    complaint: str = ""  # of the compiler, where it gave up
+
+    def fits(self, chip_memory: float) -> bool:
+        return self.temporary is not None and self.needed <= USABLE * chip_memory
+
+    @property
+    def mfu(self) -> float:
+        """FLOPs over what the chips could do in the time of the slowest resource."""
+        return self.seconds["compute"] / max(self.seconds.values())
+
+
+def mesh_for(recipe: Recipe, where: Topology) -> Mesh:
+    """The mesh of the recipe's config on the devices of a topology."""
+    return make_mesh(recipe.config.get("mesh"), where.devices())
+
+
+def plan_step(recipe: Recipe, mesh: Mesh, where: Topology, phase: int = 0) -> StepPlan:
+    """Compile a phase's step for `mesh`; nothing runs."""
+    chip = where.chip
+    what = recipe.phases[phase]
+    state = abstract_states(recipe, mesh)[phase + 1]
+    batch = what.data.spec() if what.data is not None else {}
+    assert what.update is not None
+    flops = count(lambda s, b: what.update(s, on_device(what.data, b)), state, batch)  # type: ignore[misc]
+    parameters = local_bytes(state.params)
+    optimizer = local_bytes(state) - parameters
+    rows = what.data.batch_size if what.data is not None else 0
+    compute = flops / (where.size * chip.flops)
+    program = lower(recipe, mesh, chip.platform, phase)
+    try:
+        compiled = program.compile()
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return StepPlan(
+            phase=what.name,
+            batch=rows,
+            parameters=parameters,
+            optimizer=optimizer,
+            temporary=None,
+            needed=parameters + optimizer,
+            flops=flops,
+            traffic={},
+            seconds={"compute": compute},
+            complaint=str(error).strip().splitlines()[0],
+        )
+    memory = compiled.memory_analysis()
+    traffic = collectives(compiled.as_text())
+    inputs = memory.argument_size_in_bytes
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = inputs + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    link = chip.between if where.slices > 1 else chip.link
+    seconds = {
+        "compute": compute,
+        # State is read and written once, what is temporary written and read once.
+        "memory": 2 * (inputs + memory.temp_size_in_bytes) / chip.bandwidth,
+        "network": sum(t.sent for t in traffic.values()) / link,
+    }
+    return StepPlan(
+        phase=what.name,
+        batch=rows,
+        parameters=parameters,
+        optimizer=optimizer,
+        temporary=memory.temp_size_in_bytes,
+        needed=needed,
+        flops=flops,
+        traffic=traffic,
+        seconds=seconds,
+    )
+
+
+def largest_batch(load: Callable[[int], Recipe], where: Topology, accumulate: int) -> int:
+    """The largest power-of-two number of rows per device and micro-batch whose step fits; 0: none.
+
+    `load(rows)` is the recipe with that global batch. Temporary memory is all but linear in the
+    rows: two compilations predict the answer, further ones confirm it.
+    """
+    mesh = mesh_for(load(1), where)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    needed: dict[int, float] = {}
+
+    def fits(rows: int) -> bool:
+        if rows not in needed:
+            step = plan_step(load(rows * ways), mesh, where)
+            needed[rows] = step.needed if step.temporary is not None else math.inf
+        return needed[rows] <= USABLE * where.chip.memory
+
+    if not fits(1):
+        return 0
+    if not fits(2):
+        return 1
+    slope = max(needed[2] - needed[1], 1.0)
+    room = (USABLE * where.chip.memory - needed[1]) / slope + 1
+    guess = 2 ** max(int(math.log2(room)), 1)
+    while guess > 2 and not fits(guess):
+        guess //= 2
+    while fits(2 * guess):
+        guess *= 2
+    return guess
+
+
+def report(step: StepPlan, mesh: Mesh, where: Topology) -> str:
+    """The plan as text, with its assumptions."""
+    memory = where.chip.memory
+
+    def gib(n: float) -> str:
+        return f"{n / GIB:.2f} GiB"
+
+    sizes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1) or "one device"
+    lines = [
+        f"phase {step.phase} on {where.name}: {where.size} devices ({sizes}), "
+        f"{step.batch} rows a step",
+        f"  parameters {gib(step.parameters)}, optimiser and other state {gib(step.optimizer)}, "
+        + (f"temporary {gib(step.temporary)}" if step.temporary is not None else "temporary ?")
+        + " per device",
+    ]
+    if step.temporary is None:
+        lines.append(f"  DOES NOT FIT {gib(memory)}: {step.complaint}")
+        return "\n".join(lines)
+    verdict = "fits" if step.fits(memory) else "DOES NOT FIT"
+    lines.append(
+        f"  needs {gib(step.needed)} of {gib(memory)} ({step.needed / memory:.0%}): {verdict}"
+    )
+    lines.append(f"  {step.flops / 1e12:,.1f} TFLOP a step (products only, no recomputation)")
+    for kind, traffic in sorted(step.traffic.items()):
+        lines.append(f"  {kind}: {traffic.calls} calls, {gib(traffic.sent)} sent per device")
+    slowest = max(step.seconds, key=lambda name: step.seconds[name])
+    times = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in step.seconds.items())
+    lines.append(
+        f"  at least {1e3 * step.seconds[slowest]:.1f} ms ({times}): "
+        f"at most {step.mfu:.0%} model FLOPs utilisation"
+    )
+    lines.append(
+        "  assumes peak bfloat16 products, state and temporaries crossing memory twice, ring "
+        "collectives on all links, and everything overlapping; a real step is slower"
+    )
+    return "\n".join(lines)
+
+
+def plan(
+    spec: str, load: Callable[..., Recipe], name: str, search: bool = False
+) -> tuple[str, bool]:
+    """The report of every phase of `load(spec)` on topology `name`, and whether all fit."""
+    where = topology(name)
+    recipe = load(spec)
+    mesh = mesh_for(recipe, where)
+    found = [
+        plan_step(recipe, mesh, where, index)
+        for index, phase in enumerate(recipe.phases)
+        if phase.steps and phase.update is not None
+    ]
+    if not found:
+        raise ConfigError(f"config: {spec} has no phase with steps to plan")
+    lines = [report(step, mesh, where) for step in found]
+    if search:
+        config: Mapping[str, Any] = recipe.config
+        accumulate = config.get("gradient", {}).get("accumulate", 1)
+        rows = largest_batch(lambda n: load(spec, batch_size=n), where, accumulate)
+        lines.append(
+            f"  largest micro-batch that fits: {rows} rows per device"
+            if rows
+            else "  not even a micro-batch of one row per device fits"
+        )
+    return "\n".join(lines), all(step.fits(where.chip.memory) for step in found)
