@@ -14,7 +14,7 @@ from jaxformer.config import PACKAGE, load_config, papers, presets
 from jaxformer.errors import ConfigError
 
 DEFAULT = "flowformer:small"
-STOPPED = 75  # EX_TEMPFAIL: saved and left on a signal; the same command continues
+STOPPED = 75  # EX_TEMPFAIL: left on a signal or for want of peers; the same command continues
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,12 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options, overrides) or 0)
     except ConfigError as error:
         return _fail(error, 2)
-    except RuntimeError as error:
-        from jaxformer.train.fit import Interrupted, NonFiniteError
+    except Exception as error:
+        return _unfinished(error)
 
-        if isinstance(error, Interrupted | NonFiniteError):
-            return _fail(error, STOPPED if isinstance(error, Interrupted) else 1)
-        raise
+
+def _unfinished(error: Exception) -> int:
+    """The exit code of a run that did not end as it should; raises what nobody expects."""
+    from jaxformer.parallel.multihost import PeersLost, leave, lost
+    from jaxformer.train.fit import Interrupted, NonFiniteError
+
+    gone = error if isinstance(error, PeersLost) else lost(error)
+    if gone is not None:
+        leave(_fail(gone, STOPPED))
+    if isinstance(error, Interrupted | NonFiniteError):
+        return _fail(error, STOPPED if isinstance(error, Interrupted) else 1)
+    raise error
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -63,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", default=DEFAULT, help="file or paper, with :preset")
     sub.add_argument("--workdir", help="default: runs/<paper>-<preset>")
     sub.add_argument("--stop-after", type=int, metavar="STEP", help="save and leave at this step")
+
+    sub = verb("multihost", _multihost, "run a verb as several processes on this machine")
+    sub.add_argument("--processes", type=int, required=True)
+    sub.add_argument("--devices", type=int, default=1, help="simulated devices of each, on a CPU")
+    sub.add_argument("--restarts", type=int, default=0, help="start again if one stops or dies")
+    sub.add_argument("command", nargs=argparse.REMAINDER, help="-- train --config ...")
 
     sub = verb("show", _show, "what a config is: phases, parameters, sharding, FLOPs, memory")
     sub.add_argument("config", help="file or paper, with :preset")
@@ -140,15 +155,20 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from jaxformer.analyze.summary import parameter_count
     from jaxformer.catalogue import build
     from jaxformer.evaluation.report import training_report
+    from jaxformer.parallel import multihost
     from jaxformer.parallel.mesh import make_mesh
     from jaxformer.recipe import Generates
     from jaxformer.train.fit import FitOptions, fit
     from jaxformer.train.states import restore_averaged
 
+    multihost.start()
     recipe = build(config)
     mesh = make_mesh(config.mesh.to_dict())
     settings = FitOptions(seed=config.seed, stop_after=options.stop_after, **config.fit)
     fit(recipe, workdir=workdir, mesh=mesh, options=settings)
+    if multihost.several():
+        multihost.finish()
+        return  # the report's sample needs the weights in one process
     _, state = restore_averaged(recipe, workdir, mesh=mesh)
     samples: list[str] = []
     if isinstance(recipe.task, Generates) and "sample" in config:
@@ -167,6 +187,15 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         samples = [prompt + text]
     count = parameter_count(state.params)
     print(training_report(recipe, workdir, parameters=count, samples=samples))
+
+
+def _multihost(options: argparse.Namespace, _: Any) -> int:
+    from jaxformer.parallel.loopback import run
+
+    command = [word for word in options.command if word != "--"]
+    if not command or options.processes < 1:
+        raise ConfigError("multihost: give --processes N -- VERB ..., such as -- train")
+    return run(command, options.processes, options.devices, options.restarts)
 
 
 def _label(spec: str) -> str:

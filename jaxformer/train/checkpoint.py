@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxformer import paths
+from jaxformer.parallel.multihost import lost
 from jaxformer.recipe import ConfigError, InitFrom, TrainState
 
 LAYOUT = 1
@@ -64,7 +65,9 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and lost(error):
+            return  # what is being written waits for a process that is gone
         # An exit without close leaves orbax's event loop to print a storm of errors.
         try:
             self._manager.wait_until_finished()

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from jaxformer import paths
 from jaxformer.data.base import prefetch
 from jaxformer.parallel.mesh import make_mesh
+from jaxformer.parallel.multihost import first_says, several, told_to_stop
 from jaxformer.parallel.sharding import host_rows, place_batch
 from jaxformer.recipe import Batch, EvalContext, Evaluator, Metrics, Phase, Recipe, TrainState
 from jaxformer.train.checkpoint import Checkpoints
@@ -125,6 +126,7 @@ class _Run:
                 self.state = initialise(recipe, mesh, options.seed)
         self._open_sinks(stack)
         self.stop = stack.enter_context(_signals())
+        self.stopping = False
         self.saved_at = time.monotonic()
         self.bad_steps = 0
         going = "continue" if self.resumed else "start"
@@ -194,7 +196,8 @@ class _Run:
                 # waits for the one before, so at most two steps are in flight.
                 inside = self.step < end
                 due = self._due() if inside else []
-                save = inside and (self._save_due() or self._stopping())
+                self.stopping = self._told_to_stop()
+                save = inside and (self._save_due() or self.stopping)
                 while len(pending) > (0 if due or save or not inside else 1):
                     self._read(phase, window, *pending.popleft())
                 if due or save or not inside:
@@ -254,14 +257,17 @@ class _Run:
 
     def _save_due(self) -> bool:
         every, minutes = self.options.checkpoint_every, self.options.checkpoint_minutes
-        by_steps = every > 0 and self.step % every == 0
-        return by_steps or time.monotonic() - self.saved_at > 60 * minutes
+        by_time = time.monotonic() - self.saved_at > 60 * minutes
+        if several():  # their clocks differ
+            by_time = self.step % self.options.log_every == 0 and first_says(by_time)
+        return by_time or (every > 0 and self.step % every == 0)
 
-    def _stopping(self) -> bool:
-        return self.stop.is_set() or self.step == self.options.stop_after
+    def _told_to_stop(self) -> bool:
+        told = told_to_stop(self.step) or self.stop.is_set()
+        return told or self.step == self.options.stop_after
 
     def _leave_if_stopped(self) -> None:
-        if self._stopping():
+        if self.stopping:
             kept = "run again to continue" if self.checkpoints else "nothing was saved: no workdir"
             raise Interrupted(f"stopped at step {self.step}; {kept}")
 
@@ -323,9 +329,12 @@ class _Window:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets, for the time of the run; the second one ends it."""
+    """An event that SIGTERM or SIGINT sets, for the time of the run; the second one ends it.
+
+    Among several processes it is never set: JAX's runtime listens for SIGTERM and agrees on a step.
+    """
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if several() or threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
         return
 

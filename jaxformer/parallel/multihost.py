@@ -1,0 +1,152 @@
+"""One program in many processes: how they find each other, and what they agree on.
+
+The engine is JAX's own: `jax.distributed` knows SLURM, Kubernetes and TPU pods. This module says
+when to ask it, waits a bounded time, and turns what it raises into one line.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from typing import NoReturn
+
+import jax
+from jax.errors import JaxRuntimeError
+from jax.experimental import multihost_utils
+
+from jaxformer.errors import ConfigError
+
+WAIT = 300  # seconds for all processes to appear
+HEARTBEAT = 60  # seconds without a sign of life after which a process counts as lost
+
+
+class PeersLost(RuntimeError):
+    """Another process of this run is gone or never came; start all of them again to continue."""
+
+
+def start(environment: Mapping[str, str] = os.environ, wait: int = WAIT) -> None:
+    """Join the other processes of this job, if its environment speaks of any.
+
+    Asked are JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (which the launchers
+    set), SLURM's step variables, and a TPU pod's list of workers. Before any other use of JAX.
+
+    Raises:
+        ConfigError: the three variables are not all there, or not numbers.
+        PeersLost: not all processes came within `wait` seconds.
+    """
+    who = _named(environment)
+    if who is None and not _cluster(environment):
+        return
+    if who is not None:
+        # The runtime ends the process, without an exception, when nobody answers: ask first.
+        print(
+            f"process {who['process_id']} of {who['num_processes']}: waiting up to {wait} s for "
+            f"the others at {who['coordinator_address']}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if who["process_id"]:
+            _until_somebody_listens(str(who["coordinator_address"]), wait)
+    try:
+        jax.distributed.initialize(
+            **(who or {}), initialization_timeout=wait, heartbeat_timeout_seconds=HEARTBEAT
+        )
+    except (JaxRuntimeError, RuntimeError, OSError) as error:
+        where = who["coordinator_address"] if who else "the first process"
+        raise PeersLost(
+            f"not all processes met at {where} within {wait} s ({_first_line(error)}); check that "
+            "every process runs, that the address is reachable and that its port is free"
+        ) from error
+
+
+def _named(environment: Mapping[str, str]) -> dict[str, str | int] | None:
+    """Arguments of `jax.distributed.initialize` from the three variables."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: environment[name] for name in names if environment.get(name)}
+    if not given:
+        return None
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise ConfigError(f"{missing[0]}: not set, but {', '.join(given)} is; set all three")
+    address, *numbers = (given[name] for name in names)
+    for name, value in zip(names[1:], numbers, strict=True):
+        if not value.isdigit():
+            raise ConfigError(f"{name}: {value!r} is not a number")
+    count, index = map(int, numbers)
+    if index >= count:
+        raise ConfigError(f"JAX_PROCESS_ID: {index}, but there are only {count} processes")
+    if ":" not in address:
+        raise ConfigError(f"JAX_COORDINATOR_ADDRESS: {address!r} needs host:port")
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _until_somebody_listens(address: str, wait: float) -> None:
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise PeersLost(
+                    f"nobody listened at {address} within {wait} s ({error}); check that process 0 "
+                    "runs, that the address is reachable and that its port is open"
+                ) from error
+            time.sleep(0.2)
+
+
+def _cluster(environment: Mapping[str, str]) -> bool:
+    """Whether JAX finds several processes by itself here."""
+    # salloc without srun has a job but no step: one process, nobody to wait for.
+    slurm = environment.get("SLURM_STEP_NODELIST") and environment.get("SLURM_NTASKS", "1") != "1"
+    workers = environment.get("TPU_WORKER_HOSTNAMES", "").count(",") > 0
+    slices = environment.get("MEGASCALE_NUM_SLICES", "1") != "1"
+    return bool(slurm or workers or slices)
+
+
+def several() -> bool:
+    """Whether this run has more than one process."""
+    return jax.process_count() > 1
+
+
+def first_says(yes: bool) -> bool:
+    """What the first process says, in all of them. All must ask at the same step."""
+    return bool(multihost_utils.broadcast_one_to_all(yes)) if several() else yes
+
+
+def told_to_stop(step: int) -> bool:
+    """Whether some process was told to stop (SIGTERM) and all have agreed on this step for it."""
+    return several() and multihost_utils.reached_preemption_sync_point(step)
+
+
+def lost(error: BaseException) -> PeersLost | None:
+    """What an error of the runtime means if it is that of a lost process, else None."""
+    text = str(error)
+    signs = ("Gloo", "Connection closed by peer", "Connection reset", "heartbeat", "barrier")
+    if several() and any(sign in text for sign in signs):
+        return PeersLost(
+            f"process {jax.process_index()} of {jax.process_count()} lost another one "
+            f"({_first_line(error)}); start all again to continue from the newest checkpoint"
+        )
+    return None
+
+
+def finish() -> None:
+    """Wait for the others and end the session with them, so that nobody is taken for lost."""
+    if several():
+        jax.distributed.shutdown()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once. A normal exit would wait for peers that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
