@@ -140,7 +140,7 @@ def run(case, x, weights, impl, tiles=(16, 16)):
     return out, grads
 
 
-@pytest.mark.parametrize("impl", ["chunked", "xla"])
+@pytest.mark.parametrize("impl", ["chunked", "xla", "mosaic_tpu"])
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, impl):
     case = CASES[name]
@@ -325,7 +325,7 @@ def test_auto_explains_and_explicit_is_never_replaced():
         plan(x, x, x, impl="xla")
     assert error.value.who_can == ("chunked",)
     assert plan(x, x, x, impl="xla", allow_quadratic=True).impl == "xla"
-    for name in ("cudnn", "mosaic_gpu", "triton", "mosaic_tpu", "splash"):
+    for name in ("cudnn", "mosaic_gpu", "triton", "splash"):
         with pytest.raises(AttentionUnsupported, match=f"impl='{name}'.*'chunked', 'xla'"):
             of(64, impl=name)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxformer.kernels.attention import mosaic_tpu
 from jaxformer.kernels.attention.chunked import chunked
 from jaxformer.kernels.attention.masks import Full, Mask
 from jaxformer.kernels.attention.mods import ProbMod, ScoreMod, seed_of
@@ -268,8 +269,9 @@ def _not_built(request: Request) -> Refusal:
 IMPLEMENTATIONS = (
     Implementation("chunked", lambda request: None, jax.jit(chunked)),
     Implementation("xla", _too_large, jax.jit(xla)),
+    Implementation("mosaic_tpu", mosaic_tpu.refuse, jax.jit(mosaic_tpu.mosaic_tpu)),
     *(
         Implementation(name, _not_built, _not_built)
-        for name in ("cudnn", "mosaic_gpu", "triton", "mosaic_tpu", "splash")
+        for name in ("cudnn", "mosaic_gpu", "triton", "splash")
     ),
 )

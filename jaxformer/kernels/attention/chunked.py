@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from jaxformer.kernels.attention import tile
-from jaxformer.kernels.attention.layout import Inputs, collect, compare, mix, rows
+from jaxformer.kernels.attention.layout import Inputs, collect, compare, mix, product_dtype, rows
 from jaxformer.kernels.attention.operands import Block
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.tiling import Tiling, tiling
@@ -30,7 +30,7 @@ def chunked(request: Request) -> tuple[jax.Array, jax.Array]:
     """Output (B, L, H, Kv) and log-sum-exp (B, H, L)."""
     rules, sizes, sums = request.rules, request.sizes, request.score_dtype
     tiles = tiling(request)
-    x = Inputs.of(request).layout(request, tiles.padded)
+    x = Inputs.of(request).layout(request, tiles.padded, product_dtype(request))
     constants = tile.Constants.of(request, tiles.padded)
     shape = (sizes.b, sizes.h, tiles.tq)
 
@@ -82,7 +82,10 @@ def _backward(saved: Any, cotangents: Any) -> tuple[Request]:
     do, dlse = cotangents
     rules, sizes, sums = request.rules, request.sizes, request.score_dtype
     tiles = tiling(request)
-    x, pull_layout = jax.vjp(lambda x: x.layout(request, tiles.padded), Inputs.of(request))
+    products = product_dtype(request)
+    x, pull_layout = jax.vjp(
+        lambda x: x.layout(request, tiles.padded, products), Inputs.of(request)
+    )
     constants = tile.Constants.of(request, tiles.padded)
     groups = x.k.shape[1]
 
@@ -123,7 +126,7 @@ def _backward(saved: Any, cotangents: Any) -> tuple[Request]:
     delta = 0.0 if rules.two_pass else (do.astype(sums) * o.astype(sums)).sum(-1).swapaxes(1, 2)
     pad_rows = ((0, 0), (0, 0), (0, tiles.padded.l - sizes.l))
     delta, lse = jnp.pad(delta - dlse, pad_rows), jnp.pad(lse, pad_rows)
-    per_row = (x.q, rows(do, tiles.padded.l, request), delta, lse)
+    per_row = (x.q, rows(do, tiles.padded.l, products), delta, lse)
     totals = (x.k, x.v, {name: operand.value for name, operand in x.aux.items()})
     totals = jax.tree.map(lambda t: jnp.zeros(t.shape, sums), totals)
     per_chunk = (*_index(tiles), *(_chunks(t, tiles.tq) for t in per_row), *tiles.tables)
