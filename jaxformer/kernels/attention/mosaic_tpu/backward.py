@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxformer.kernels.attention import tile
@@ -43,7 +44,7 @@ def by_queries(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, dict[int
 
     def key(*grid: Any) -> tuple[Any, ...]:
         b, h, _, j = where(*grid)
-        return b, h // group, j, 0
+        return b, lax.div(h, jnp.int32(group)), j, 0
 
     row = pl.BlockSpec((1, 1, 1, tq), lambda b, h, i, *_: (b, h, 0, i))
     kept = [n for n in call.reads.learned if not call.parts[n].keys_only]

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxformer.kernels.attention import tile
@@ -27,7 +28,7 @@ def forward(call: Call) -> tuple[jax.Array, jax.Array]:
         return b, h, i, visits.tile(refs, b, i, t)
 
     def key(b: Any, h: Any, i: Any, _: Any, t: Any, *refs: Any) -> tuple[Any, ...]:
-        return b, h // group, visits.tile(refs, b, i, t), 0
+        return b, lax.div(h, jnp.int32(group)), visits.tile(refs, b, i, t), 0
 
     def value(b: Any, h: Any, i: Any, n: Any, t: Any, *refs: Any) -> tuple[Any, ...]:
         return key(b, h, i, n, t if passes == 1 else t * n, *refs)
