@@ -164,6 +164,22 @@ def test_values_and_gradients(name, impl):
         assert abs(got - want) <= 2e-5 * size + 1e-6, (key, got, want)
 
 
+@pytest.mark.parametrize(
+    ("impl", "mask"),
+    [("chunked", Prefix(32)), *((x, KeyPadding(jnp.array([32, 0]))) for x in KERNELS)],
+)
+def test_tiles_that_nobody_sees_are_never_read(impl, mask):
+    q, k, v = qkv(l=64)
+    poisoned = [x.at[:, 32:].set(jnp.nan) for x in (k, v)]
+
+    def loss(q, k, v):
+        return jnp.square(attention(q, k, v, mask=mask, impl=impl, tiles=(16, 16))).sum()
+
+    step = jax.jit(jax.grad(loss, (0, 1, 2)))
+    for got, want in zip(step(q, *poisoned), step(q, k, v), strict=True):
+        assert np.array_equal(got, want) and np.any(np.asarray(got) != 0)
+
+
 def test_rows_that_see_nothing_are_zero_with_zero_gradient():
     case = CASES["prefix_per_row_head_map"]
     x = draw(case)
