@@ -2,7 +2,7 @@
 
 `forward.py` and `backward.py` are the kernels, around the arithmetic of `tile.py`. Lists of tiles
 to visit are scalars that arrive before the kernel, so that tiles nobody sees are neither loaded
-nor computed; `parts.py` says how operands are loaded and their cotangents stored, `bands.py` how a
+nor computed; `parts.py` says how operands are loaded and their cotangents stored, `shear.py` how a
 Toeplitz band becomes a tile.
 """
 
@@ -14,14 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxformer.kernels.attention import tile
-from jaxformer.kernels.attention.layout import Inputs, rows
+from jaxformer.kernels.attention.layout import Inputs
 from jaxformer.kernels.attention.masks import SKIP
-from jaxformer.kernels.attention.mosaic_tpu.backward import Saved, by_keys, by_queries
+from jaxformer.kernels.attention.mosaic_tpu.backward import by_keys, by_queries
 from jaxformer.kernels.attention.mosaic_tpu.call import Call, padded_sizes, tile_sizes
 from jaxformer.kernels.attention.mosaic_tpu.forward import forward
-from jaxformer.kernels.attention.operands import Sizes
 from jaxformer.kernels.attention.request import Request
+from jaxformer.kernels.attention.saved import Saved, as_request
 from jaxformer.kernels.dispatch import Refusal
 
 TYPES = ("float32", "bfloat16")
@@ -52,43 +51,24 @@ def _forward(request: Request) -> tuple[Any, Any]:
     return (o, lse), (request, o, lse)
 
 
-def _backward(saved: Any, cotangents: Any) -> tuple[Request]:
-    request, o, lse = saved
-    do, dlse = cotangents
+def _backward(kept: Any, cotangents: Any) -> tuple[Request]:
+    request = kept[0]
     tq, tk = tile_sizes(request)
     padded = padded_sizes(request, tq, tk)
     x, pull_layout = jax.vjp(
         lambda x: x.layout(request, padded, request.q.dtype), Inputs.of(request)
     )
     call = Call.of(request, x, padded, tq, tk)
-    given = _saved(request, padded, o, lse, do, dlse)
-
-    dq, delta, by_number = by_queries(call, given)
-    dk, dv, more = by_keys(call, given._replace(delta=delta))
-    daux = _operands(call, by_number | more)
-    dsink = None
-    if x.sink is not None:
-        dsink = -(tile.probabilities(x.sink[:, None], given.lse) * delta).sum((0, 2))
-    d = Inputs(dq, dk, dv, dsink, daux)
+    saved = Saved.of(kept, cotangents, padded, request.q.dtype)
+    dq, delta, by_number = by_queries(call, saved)
+    saved = saved._replace(delta=delta)
+    dk, dv, more = by_keys(call, saved)
+    d = Inputs(dq, dk, dv, saved.dsink(x.sink), _operands(call, by_number | more))
     (d,) = pull_layout(jax.tree.map(lambda dx, x: dx.astype(x.dtype), d, x))
-    nothing = dict(mask=None, q_pos=None, k_pos=None, seed=None)
-    aux = {name: d.aux.get(name) for name in request.aux}
-    return (dataclasses.replace(request, q=d.q, k=d.k, v=d.v, sink=d.sink, aux=aux, **nothing),)
+    return (as_request(request, d),)
 
 
 mosaic_tpu.defvjp(_forward, _backward)
-
-
-def _saved(request: Request, padded: Sizes, o: Any, lse: Any, do: Any, dlse: Any) -> Saved:
-    """What the kernels need of the outputs and their cotangents, in kernel layout."""
-    dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)  # a row that sees nothing is constant
-    # sum_j p_j dp_j = dO . O, except under a nonlinear prob_mod: there the kernel sums it.
-    products = 0.0
-    if not request.rules.two_pass:
-        products = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
-    pad = ((0, 0), (0, 0), (0, padded.l - request.sizes.l))
-    do = rows(do, padded.l, request.q.dtype)
-    return Saved(do, jnp.pad(lse, pad), jnp.pad(products - dlse, pad))
 
 
 def _operands(call: Call, stored: dict[int, jax.Array]) -> dict[str, Any]:

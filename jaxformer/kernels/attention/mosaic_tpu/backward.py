@@ -7,7 +7,7 @@ or over whole heads, the second those that lie over keys. Padded scores are mask
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,7 @@ from jax.experimental import pallas as pl
 from jaxformer.kernels.attention import tile
 from jaxformer.kernels.attention.mosaic_tpu.call import Call, Visits, dot, run, take
 from jaxformer.kernels.attention.mosaic_tpu.parts import Part, Where
-
-
-class Saved(NamedTuple):
-    """What the backward pass knows of the outputs, padded: dO (B, H, L, Kv), two rows (B, H, L)."""
-
-    do: jax.Array
-    lse: jax.Array
-    delta: jax.Array  # sum_j p_j dp_j - dLSE; where prob_mod is nonlinear, -dLSE alone
+from jaxformer.kernels.attention.saved import Saved
 
 
 def by_queries(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, dict[int, jax.Array]]:

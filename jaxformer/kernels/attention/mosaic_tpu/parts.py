@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxformer.kernels.attention.mosaic_tpu import bands
+from jaxformer.kernels.attention import bands
+from jaxformer.kernels.attention.mosaic_tpu import shear
 from jaxformer.kernels.attention.operands import Operand, Sizes, Toeplitz
 
 Where = Callable[..., tuple[Any, Any, Any, Any]]  # grid indices -> (b, h, i, j) of a tile
@@ -49,7 +50,7 @@ class Part:
     def array(self, value: jax.Array) -> jax.Array:
         """The value of an operand as the kernels read it; linear for float operands."""
         if self.band:
-            return bands.windows(value, self.tq, self.tk)
+            return shear.wrapped(value, self.tq, self.tk)
         if self.boolean:  # bytes where there is one per score, else words
             value = value.astype(jnp.int8 if self.has[2] and self.has[3] else jnp.int32)
         return value.swapaxes(2, 3) if self.has[2] and not self.has[3] else value
@@ -57,7 +58,7 @@ class Part:
     def _shape(self) -> tuple[int, int]:
         """Of the part that a tile reads, and of its cotangent, as they lie in memory."""
         if self.band:
-            return 1, -(-(self.tq + self.tk) // bands.LANES) * bands.LANES
+            return 1, shear.width(self.tq, self.tk)
         if self.has[2] and not self.has[3]:
             return 1, self.tq
         return self.tq if self.has[2] else 1, self.tk if self.has[3] else 1
@@ -80,7 +81,7 @@ class Part:
         """The part of a tile, broadcastable to (tq, tk)."""
         x = ref[0, 0]
         if self.band:
-            return bands.shear(x, self.tq, self.tk)
+            return shear.shear(x, self.tq, self.tk)
         if self.boolean:
             x = x.astype(jnp.int32) != 0
         return x.T if self.has[2] and not self.has[3] else x
@@ -91,9 +92,7 @@ class Part:
         """Block and shape of the array that receives cotangents."""
         padded = self.padded
         if self.band:  # all windows of a head stay on the chip: 0.5 MB at L = S = 32k
-            rows = padded.l // self.tq - 1
-            windows = bands.number(rows, 0, padded, self.tq, self.tk) + 1
-            shape = (padded.b, padded.h, windows, self._shape()[1])
+            shape = (padded.b, padded.h, bands.count(padded, self.tq, self.tk), self._shape()[1])
             spec = pl.BlockSpec((1, 1, *shape[2:]), lambda *grid: (*where(*grid)[:2], 0, 0))
             return spec, shape
         across = self.has[2] and not self.has[3]
@@ -117,7 +116,7 @@ class Part:
         """Add the cotangent of the part of tile (i, j)."""
         if self.band:
             at = (0, 0, pl.ds(bands.number(i, j, self.padded, self.tq, self.tk), 1))
-            ref[at] += bands.unshear(part, self._shape()[1])
+            ref[at] += shear.unshear(part)
         elif self.kept_for == "tile":
             ref[0, 0] = part
         else:
