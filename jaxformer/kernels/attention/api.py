@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxformer.kernels.attention import mosaic_tpu
+from jaxformer.kernels.attention import mosaic_tpu, triton
 from jaxformer.kernels.attention.chunked import chunked
 from jaxformer.kernels.attention.masks import Full, Mask
 from jaxformer.kernels.attention.mods import ProbMod, ScoreMod, seed_of
@@ -270,8 +270,6 @@ IMPLEMENTATIONS = (
     Implementation("chunked", lambda request: None, jax.jit(chunked)),
     Implementation("xla", _too_large, jax.jit(xla)),
     Implementation("mosaic_tpu", mosaic_tpu.refuse, jax.jit(mosaic_tpu.mosaic_tpu)),
-    *(
-        Implementation(name, _not_built, _not_built)
-        for name in ("cudnn", "mosaic_gpu", "triton", "splash")
-    ),
+    Implementation("triton", triton.refuse, jax.jit(triton.triton)),
+    *(Implementation(name, _not_built, _not_built) for name in ("cudnn", "mosaic_gpu", "splash")),
 )

@@ -8,6 +8,7 @@ says how it loads the part of an operand that a tile reads.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -69,6 +70,15 @@ class Reads:
             if self.padded.s > self.sizes.s:
                 keep = keep & (cols < self.sizes.s)
         return View(idx, keep, constants, seed), learned
+
+
+def take(refs: Any, *counts: int) -> list[Any]:
+    """References in groups of these sizes, and the rest."""
+    ends = itertools.accumulate(counts)
+    return [
+        *(refs[end - n : end] for n, end in zip(counts, ends, strict=True)),
+        refs[sum(counts) :],
+    ]
 
 
 def _lowered(mask: Mask, request: Request) -> Mask:

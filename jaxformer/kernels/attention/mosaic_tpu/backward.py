@@ -15,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxformer.kernels.attention import tile
-from jaxformer.kernels.attention.mosaic_tpu.call import Call, Visits, dot, run, take
+from jaxformer.kernels.attention.mosaic_tpu.call import Call, Visits, dot, run
 from jaxformer.kernels.attention.mosaic_tpu.parts import Part, Where
+from jaxformer.kernels.attention.reads import take
 from jaxformer.kernels.attention.saved import Saved
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -183,12 +182,3 @@ def run(
 
     arrays = [*scalars, *(x for _, x in inputs)]
     return lax.platform_dependent(*arrays, cpu=call(True), default=call(False))
-
-
-def take(refs: Any, *counts: int) -> list[Any]:
-    """References in groups of these sizes, and the rest."""
-    ends = itertools.accumulate(counts)
-    return [
-        *(refs[end - n : end] for n, end in zip(counts, ends, strict=True)),
-        refs[sum(counts) :],
-    ]
