@@ -142,7 +142,6 @@ def by_queries(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, Stored]:
             *((block(n, 1), float32(l // tq * n, 1)) for n in tall),
             *((block(tq, call.padded.s), float32(l, call.padded.s)) for _ in written),
         ],
-        warps=call.warps,
     )
     return dq, delta, dict(zip([*summed, *written], stored, strict=True))
 
@@ -196,7 +195,6 @@ def by_keys(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, Stored]:
             *((key(y.shape[3]), jax.ShapeDtypeStruct(y.shape, y.dtype)) for y in (x.k, x.v)),
             *((column, columns) for _ in summed),
         ],
-        warps=call.warps,
     )
     return dk, dv, {n: total[:, :, None] for n, total in zip(summed, stored, strict=True)}
 
@@ -240,7 +238,6 @@ def by_bands(call: Call, saved: Saved) -> Stored:
             1,
         ),
         outputs=[(tiles, shape)] * len(summed),
-        warps=call.warps,
     )
     return {n: x.sum(0) for n, x in zip(summed, stored, strict=True)}
 

@@ -26,6 +26,7 @@ from jaxformer.kernels.attention.tile import View
 from jaxformer.kernels.attention.triton.lowering import lowered_rules
 
 LEAST = 16  # of every axis of a matrix product
+WARPS = 8  # with four, most tiles spill registers on sm_80
 
 
 class Lists:
@@ -89,11 +90,6 @@ class Call:
         """Query heads of a key head."""
         return self.x.q.shape[1] // self.x.k.shape[1]
 
-    @property
-    def warps(self) -> int:
-        """Of a program: with four, tiles above 32 x 32 spill on sm_80."""
-        return 8 if self.tq * self.tk > 32 * 32 else 4
-
     def seed(self) -> list[Any]:
         """The seed of dropout as an input, if there is one."""
         if self.request.seed is None:
@@ -156,13 +152,13 @@ def rows(x: jax.Array, heads: int, where: Callable[..., tuple[Any, Any]]) -> pl.
 
 
 def forward_tiles(request: Request) -> tuple[int, int]:
-    """(queries, keys) of a tile, the largest of 32, 64, 128 with which ptxas spills nothing."""
+    """(queries, keys) of a tile, the largest of 32, 64, 128 whose registers do not spill."""
     if request.rules.tiles is not None:
         return request.rules.tiles
     if request.q.dtype == jnp.float32:
         return 32, 32
     width = max(request.q.shape[3], request.v.shape[3])
-    tq, tk = (128, 64) if width <= 128 else (64, 32)
+    tq, tk = (64, 32) if width > 128 else (64, 64) if request.aux else (128, 64)
     return min(tq, max(LEAST, pl.next_power_of_2(request.sizes.l))), tk
 
 
@@ -211,7 +207,6 @@ def run(
     grid: tuple[int, ...],
     inputs: list[tuple[pl.BlockSpec, jax.Array]],
     outputs: list[tuple[pl.BlockSpec, jax.ShapeDtypeStruct]],
-    warps: int,
 ) -> list[jax.Array]:
     """Call a kernel; interpreted on a CPU."""
 
@@ -222,7 +217,7 @@ def run(
             in_specs=[spec for spec, _ in inputs],
             out_specs=[spec for spec, _ in outputs],
             out_shape=[shape for _, shape in outputs],
-            compiler_params=triton.CompilerParams(num_warps=warps, num_stages=2),
+            compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=2),
             interpret=interpret,
         )
 

@@ -48,7 +48,6 @@ def forward(call: Call) -> tuple[jax.Array, jax.Array]:
             (query(x.v.shape[3]), jax.ShapeDtypeStruct((b, h, l, x.v.shape[3]), x.q.dtype)),
             (norm, jax.ShapeDtypeStruct((b, h, l), jnp.float32)),
         ],
-        warps=call.warps,
     )
     return o, lse
 
