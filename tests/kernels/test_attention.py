@@ -346,7 +346,7 @@ def test_auto_explains_and_explicit_is_never_replaced():
         plan(x, x, x, impl="xla")
     assert error.value.who_can == ("chunked", *KERNELS)
     assert plan(x, x, x, impl="xla", allow_quadratic=True).impl == "xla"
-    for name in ("cudnn", "mosaic_gpu", "splash"):
+    for name in ("mosaic_gpu",):
         with pytest.raises(AttentionUnsupported, match=f"impl='{name}'.*'chunked', 'xla'"):
             of(64, impl=name)
 
@@ -382,6 +382,28 @@ def test_wrong_shapes_are_named():
         attention(jnp.ones((2, 4, 2, 5)), x, x)
     with pytest.raises(ValueError, match="types differ"):
         attention(x, x, x.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Segments(jnp.zeros((2, 5), int), jnp.zeros((2, 4), int)), r"Segments.*\(2, 5\).*\(B, L\)"),
+        (Causal() & KeyPadding(jnp.zeros(3, int)), r"And.*\(3,\).*\(B\) = \(2,\)"),
+        (Prefix(jnp.zeros((2, 2), int)), r"Prefix.*\(2, 2\)"),
+        (DenseMask(jnp.ones((4, 3), bool)), r"DenseMask.*\(L, S\) = \(4, 4\)"),
+        (DenseMask(jnp.ones((1, 2, 2, 4, 4), bool)), r"DenseMask.*\(1, 2, 2, 4, 4\)"),
+    ],
+)
+def test_masks_that_do_not_fit_are_named(mask, message):
+    x = jax.ShapeDtypeStruct((2, 4, 2, 3), jnp.float32)
+    with pytest.raises(ValueError, match=f"mask: .*{message}"):
+        plan(x, x, x, mask=mask)
+
+
+def test_integers_are_refused():
+    x = jnp.ones((2, 4, 2, 3), jnp.int32)
+    with pytest.raises(ValueError, match="floating-point arrays, got int32"):
+        attention(x, x, x)
 
 
 def test_a_closed_over_array_is_refused_not_silently_constant():

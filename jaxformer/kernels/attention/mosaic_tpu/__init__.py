@@ -22,6 +22,7 @@ from jaxformer.kernels.attention.mosaic_tpu.forward import forward
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.saved import Saved, as_request
 from jaxformer.kernels.dispatch import Refusal
+from jaxformer.kernels.target import target
 
 TYPES = ("float32", "bfloat16")
 
@@ -30,8 +31,8 @@ def refuse(request: Request) -> Refusal | None:
     """What stands in the way of `mosaic_tpu`."""
     if request.q.dtype.name not in TYPES:
         return Refusal(f"type {request.q.dtype}", f"its kernels take {' and '.join(TYPES)}")
-    if jax.default_backend() not in ("tpu", "cpu"):
-        return Refusal(f"platform {jax.default_backend()}", "its kernels are for TPUs")
+    if target().platform not in ("tpu", "cpu"):
+        return Refusal(f"platform {target()}", "its kernels are for TPUs")
     return None
 
 

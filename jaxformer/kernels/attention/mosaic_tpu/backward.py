@@ -52,7 +52,7 @@ def by_queries(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, dict[int
     dq, *rest = run(
         _query_kernel(call, visits, kept),
         grid=(b, h, l // tq, passes, visits.longest),
-        scalars=[*visits.arrays, *call.scalars],
+        scalars=[*visits.arrays, *call.reads.scalars],
         inputs=_inputs(call, saved, query, key, row, where),
         outputs=outputs,
         scratch=[(tq, x.q.shape[3]), (tq, 1)],
@@ -86,7 +86,7 @@ def by_keys(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, dict[int, j
     dk, dv, *rest = run(
         _key_kernel(call, visits, kept),
         grid=(b, groups, s // tk, group, visits.longest),
-        scalars=[*visits.arrays, *call.scalars],
+        scalars=[*visits.arrays, *call.reads.scalars],
         inputs=_inputs(call, saved, query, key, pl.BlockSpec((1, 1, 1, tq), across), where),
         outputs=[
             *((pl.BlockSpec((1, 1, tk, y.shape[3]), key), _like(y)) for y in (x.k, x.v)),
@@ -112,11 +112,11 @@ INPUTS = 6  # q, dO, k, v, LSE, delta
 
 
 def _query_kernel(call: Call, visits: Visits, kept: list[int]) -> Any:
-    counts = len(visits.arrays), len(call.scalars), INPUTS, len(call.parts), 1, len(kept)
+    counts = len(visits.arrays), len(call.reads.scalars), INPUTS, len(call.parts), 1, len(kept)
     rules = call.rules
 
     def kernel(*refs: Any) -> None:
-        lists, seed, inputs, operands, (dq,), stored, rest = take(refs, *counts)
+        lists, scalars, inputs, operands, (dq,), stored, rest = take(refs, *counts)
         acc, delta = rest[-2:]
         b, h, i, n, t = map(pl.program_id, range(5))
         j = visits.tile(lists, b, i, t)
@@ -131,7 +131,7 @@ def _query_kernel(call: Call, visits: Visits, kept: list[int]) -> Any:
             pl.when(i == 0)(lambda: _clear(stores, "head"))
 
         def pull(partial: bool) -> tile.Pulled:
-            return _pull(call, inputs, operands, seed, (b, h, i, j), delta[...][:, 0], partial)
+            return _pull(call, inputs, operands, scalars, (b, h, i, j), delta[...][:, 0], partial)
 
         def find_delta(partial: bool) -> None:
             delta[...] += pull(partial).p_dp.sum(1, keepdims=True)
@@ -159,10 +159,10 @@ def _query_kernel(call: Call, visits: Visits, kept: list[int]) -> Any:
 
 
 def _key_kernel(call: Call, visits: Visits, kept: list[int]) -> Any:
-    counts = len(visits.arrays), len(call.scalars), INPUTS, len(call.parts), 2, len(kept)
+    counts = len(visits.arrays), len(call.reads.scalars), INPUTS, len(call.parts), 2, len(kept)
 
     def kernel(*refs: Any) -> None:
-        lists, seed, inputs, operands, (dk, dv), stored, (k_acc, v_acc) = take(refs, *counts)
+        lists, scalars, inputs, operands, (dk, dv), stored, (k_acc, v_acc) = take(refs, *counts)
         b, g, j, n, t = map(pl.program_id, range(5))
         h, i = g * call.group + n, visits.tile(lists, b, j, t)
         stores = [(call.parts[x], ref) for x, ref in zip(kept, stored, strict=True)]
@@ -175,7 +175,7 @@ def _key_kernel(call: Call, visits: Visits, kept: list[int]) -> Any:
 
         def visit(partial: bool) -> None:
             delta = inputs[5][0, 0, 0]
-            pulled = _pull(call, inputs, operands, seed, (b, h, i, j), delta, partial)
+            pulled = _pull(call, inputs, operands, scalars, (b, h, i, j), delta, partial)
             k_acc[...] += dot(pulled.raw, inputs[0][0, 0], (0, 0))
             v_acc[...] += dot(pulled.w, inputs[1][0, 0], (0, 0))
             for (part, ref), cotangent in zip(stores, _chosen(call, pulled, kept), strict=True):
@@ -195,13 +195,13 @@ def _pull(
     call: Call,
     inputs: list[Any],
     operands: list[Any],
-    seed: list[Any],
+    scalars: list[Any],
     place: tuple[Any, Any, Any, Any],
     delta: jax.Array,
     partial: bool,
 ) -> tile.Pulled:
     q, do, k, v, lse, _ = inputs
-    view, aux = call.look(operands, seed, place, partial)
+    view, aux = call.look(operands, scalars, place, partial)
     raw = dot(q[0, 0], k[0, 0], (1, 1)) * call.rules.scale
     dw = dot(do[0, 0], v[0, 0], (1, 1))
     return tile.pull_back(call.rules, raw, dw, lse[0, 0, 0], delta, view, aux, lambda x: x)

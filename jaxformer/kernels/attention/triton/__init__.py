@@ -26,6 +26,7 @@ from jaxformer.kernels.attention.triton.call import (
 from jaxformer.kernels.attention.triton.forward import forward
 from jaxformer.kernels.attention.triton.lowering import refused
 from jaxformer.kernels.dispatch import Refusal
+from jaxformer.kernels.target import target
 
 TYPES = ("float32", "bfloat16", "float16")
 
@@ -34,8 +35,8 @@ def refuse(request: Request) -> Refusal | None:
     """What stands in the way of `triton`."""
     if request.q.dtype.name not in TYPES:
         return Refusal(f"type {request.q.dtype}", f"its kernels take {', '.join(TYPES)}")
-    if jax.default_backend() not in ("gpu", "cpu"):
-        return Refusal(f"platform {jax.default_backend()}", "its kernels are for GPUs")
+    if target().platform not in ("gpu", "cpu"):
+        return Refusal(f"platform {target()}", "its kernels are for GPUs")
     tiles = request.rules.tiles or (LEAST, LEAST)
     if any(n < LEAST or n & (n - 1) for n in tiles):
         return Refusal(f"tiles {tiles}", f"Triton needs powers of two from {LEAST}")

@@ -46,7 +46,7 @@ def _inputs(
     x = call.x
     return [
         *lists.inputs(at),
-        *call.seed(),
+        *call.scalars(),
         *((rows(y, n, own), y) for y in (x.q, saved.do, saved.lse, saved.delta)),
         *((rows(y, 1, shared), y) for y in (x.k, x.v)),
         *call.operands(n, own),
@@ -54,18 +54,18 @@ def _inputs(
 
 
 def _split(call: Call, refs: Any) -> list[Any]:
-    """Lists, seed, (q, dO, LSE, delta, k, v), operands; then outputs."""
-    return take(refs, 3, int(call.request.seed is not None), 6, len(call.reads.operands))
+    """Lists, scalars, (q, dO, LSE, delta, k, v), operands; then outputs."""
+    return take(refs, 3, len(call.reads.scalars), 6, len(call.reads.operands))
 
 
-def _pull(call: Call, inputs: Any, operands: Any, seed: Any, place: Any, head: Any) -> Any:
+def _pull(call: Call, inputs: Any, operands: Any, scalars: Any, place: Any, head: Any) -> Any:
     """`pull(partial, delta)` of the tile at `place`, `head` counted in the block."""
     q, do, lse, _, k, v = inputs
     _, _, i, j = place
     queries, keys = pl.ds(i * call.tq, call.tq), pl.ds(j * call.tk, call.tk)
 
     def pull(partial: bool, delta: jax.Array) -> tile.Pulled:
-        view, aux = call.look(operands, seed, place, head, partial)
+        view, aux = call.look(operands, scalars, place, head, partial)
         raw = dot(q[head, queries, :], k[0, keys, :], (1, 1)) * call.rules.scale
         dw = dot(do[head, queries, :], v[0, keys, :], (1, 1))
         norm = lse[head, queries]
@@ -88,14 +88,14 @@ def by_queries(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, Stored]:
     tall = [tq if kind(call.reads.operands[n]) == "row" else 1 for n in summed]
 
     def kernel(*refs: Any) -> None:
-        visits, seed, inputs, operands, outputs = _split(call, refs)
+        visits, scalars, inputs, operands, outputs = _split(call, refs)
         (dq, delta_out), sums, tiles = take(outputs, 2, len(summed))
         i, h, b = map(pl.program_id, range(3))
         k, queries = inputs[4], pl.ds(i * tq, tq)
         delta = inputs[3][0, queries]
 
         def pull(j: Any, partial: bool, delta: jax.Array) -> tile.Pulled:
-            return _pull(call, inputs, operands, seed, (b, h, i, j), 0)(partial, delta)
+            return _pull(call, inputs, operands, scalars, (b, h, i, j), 0)(partial, delta)
 
         def find_delta(j: Any, partial: bool, found: jax.Array) -> jax.Array:
             return found + pull(j, partial, jnp.zeros_like(delta)).p_dp.sum(1)
@@ -154,7 +154,7 @@ def by_keys(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, Stored]:
     summed = _learned(call, "column")
 
     def kernel(*refs: Any) -> None:
-        visits, seed, inputs, operands, outputs = _split(call, refs)
+        visits, scalars, inputs, operands, outputs = _split(call, refs)
         (dk, dv), sums = take(outputs, 2)
         j, g, b = map(pl.program_id, range(3))
 
@@ -164,7 +164,7 @@ def by_keys(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, Stored]:
                 queries = pl.ds(i * tq, tq)
                 place = b, g * group + n, i, j
                 delta = inputs[3][n, queries]
-                pulled = _pull(call, inputs, operands, seed, place, n)(partial, delta)
+                pulled = _pull(call, inputs, operands, scalars, place, n)(partial, delta)
                 k_acc = k_acc + dot(pulled.raw, inputs[0][n, queries, :], (0, 0))
                 v_acc = v_acc + dot(pulled.w, inputs[1][n, queries, :], (0, 0))
                 parts = _chosen(call, pulled, summed)
@@ -209,13 +209,13 @@ def by_bands(call: Call, saved: Saved) -> Stored:
     lists = Lists(block_list(_diagonals(call.blocks.states, count, last)))
 
     def kernel(*refs: Any) -> None:
-        visits, seed, inputs, operands, outputs = _split(call, refs)
+        visits, scalars, inputs, operands, outputs = _split(call, refs)
         n, h, b = map(pl.program_id, range(3))
 
         def visit(i: Any, partial: bool, totals: Any) -> Any:
             place = b, h, i, i + last - n
             delta = inputs[3][0, pl.ds(i * t, t)]
-            pulled = _pull(call, inputs, operands, seed, place, 0)(partial, delta)
+            pulled = _pull(call, inputs, operands, scalars, place, 0)(partial, delta)
             parts = _chosen(call, pulled, summed)
             return [a + part for a, part in zip(totals, parts, strict=True)]
 

@@ -90,12 +90,9 @@ class Call:
         """Query heads of a key head."""
         return self.x.q.shape[1] // self.x.k.shape[1]
 
-    def seed(self) -> list[Any]:
-        """The seed of dropout as an input, if there is one."""
-        if self.request.seed is None:
-            return []
-        seed = lax.bitcast_convert_type(self.request.seed, jnp.int32).reshape(1)
-        return [(pl.BlockSpec((1,), lambda *_: (0,)), seed)]
+    def scalars(self) -> list[Any]:
+        """Blocks and arrays of the scalars."""
+        return [(pl.BlockSpec(x.shape, lambda *_: (0,)), x) for x in self.reads.scalars]
 
     def operands(self, heads: int, where: Callable[..., tuple[Any, Any]]) -> list[Any]:
         """Blocks of the operands for programs of `heads` heads; `where` gives (b, block)."""
@@ -104,7 +101,7 @@ class Call:
     def look(
         self,
         refs: Any,
-        seed: Any,
+        scalars: Any,
         place: tuple[Any, Any, Any, Any],
         head: Any,
         partial: bool,
@@ -116,8 +113,7 @@ class Call:
             self._load(operand, ref, head, *at)
             for operand, ref in zip(self.reads.operands, refs, strict=True)
         ]
-        seed = seed[0][0].astype(jnp.uint32) if seed else None
-        return self.reads.view(parts, (b, h, *at), (self.tq, self.tk), seed, partial)
+        return self.reads.view(parts, scalars, (b, h, *at), (self.tq, self.tk), partial)
 
     def _load(self, operand: Operand, ref: Any, head: Any, row: Any, col: Any) -> jax.Array:
         head = head if ref.shape[0] > 1 else 0

@@ -31,7 +31,7 @@ def forward(call: Call) -> tuple[jax.Array, jax.Array]:
 
     inputs = [
         *lists.inputs(lambda i, h, b: (b, i)),
-        *call.seed(),
+        *call.scalars(),
         (query(x.q.shape[3]), x.q),
         *((rows(y, 1, shared), y) for y in (x.k, x.v)),
         *call.operands(1, own),
@@ -55,16 +55,16 @@ def forward(call: Call) -> tuple[jax.Array, jax.Array]:
 def _kernel(call: Call, lists: Lists) -> Any:
     rules, tk = call.rules, call.tk
     shape = call.tq, call.x.v.shape[3]
-    seeds, sinks = int(call.request.seed is not None), int(call.x.sink is not None)
-    counts = 3, seeds, 3, len(call.reads.operands), sinks
+    operands = len(call.reads.operands)
+    counts = 3, len(call.reads.scalars), 3, operands, int(call.x.sink is not None)
 
     def kernel(*refs: Any) -> None:
-        visits, seed, (q, k, v), operands, sink, (o, lse) = take(refs, *counts)
+        visits, scalars, (q, k, v), operands, sink, (o, lse) = take(refs, *counts)
         i, h, b = map(pl.program_id, range(3))
 
         def look(j: Any, partial: bool) -> tuple[jax.Array, Any]:
             """The scores of a tile, and what turns its probabilities into outputs."""
-            view, aux = call.look(operands, seed, (b, h, i, j), 0, partial)
+            view, aux = call.look(operands, scalars, (b, h, i, j), 0, partial)
             keys = pl.ds(j * tk, tk)
             s = tile.scores(rules, dot(q[...], k[0, keys, :], (1, 1)) * rules.scale, view, aux)
             return s, lambda p: dot(tile.weights(rules, p, view, aux), v[0, keys, :], (1, 0))
