@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxformer.kernels.attention.layout import Inputs
 from jaxformer.kernels.attention.masks import SKIP
-from jaxformer.kernels.attention.mosaic_tpu.backward import by_keys, by_queries
+from jaxformer.kernels.attention.mosaic_tpu.backward import by_keys, by_queries, by_tiles
 from jaxformer.kernels.attention.mosaic_tpu.call import Call, padded_sizes, tile_sizes
 from jaxformer.kernels.attention.mosaic_tpu.forward import forward
 from jaxformer.kernels.attention.request import Request
@@ -64,6 +64,7 @@ def _backward(kept: Any, cotangents: Any) -> tuple[Request]:
     dq, delta, by_number = by_queries(call, saved)
     saved = saved._replace(delta=delta)
     dk, dv, more = by_keys(call, saved)
+    more |= {n: by_tiles(call, saved, n) for n in call.reads.learned if call.parts[n].shared}
     d = Inputs(dq, dk, dv, saved.dsink(x.sink), _operands(call, by_number | more))
     (d,) = pull_layout(jax.tree.map(lambda dx, x: dx.astype(x.dtype), d, x))
     return (as_request(request, d),)
@@ -77,11 +78,12 @@ def _operands(call: Call, stored: dict[int, jax.Array]) -> dict[str, Any]:
     cotangents = {}
     for name, n in zip(sorted(call.x.aux), call.reads.learned, strict=True):
         total = stored[n]
-        if call.parts[n].kept_for == "tile":  # blocks without a visit were never written
+        part = call.parts[n]
+        if part.kept_for == "tile" and not part.shared:  # blocks without a visit were never written
             seen = jnp.asarray(call.blocks.states) != SKIP
             seen = jnp.repeat(jnp.repeat(seen, call.tq, 1), call.tk, 2)
             total = jnp.where(seen[:, None], total, 0.0)
         operand = call.x.aux[name]
-        value = call.parts[n].reduce(total, operand.value)
+        value = part.reduce(total, operand.value)
         cotangents[name] = dataclasses.replace(operand, value=value)
     return cotangents

@@ -7,6 +7,7 @@ or over whole heads, the second those that lie over keys. Padded scores are mask
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxformer.kernels.attention import tile
+from jaxformer.kernels.attention.masks import FULL, PARTIAL
 from jaxformer.kernels.attention.mosaic_tpu.call import Call, Visits, dot, run
 from jaxformer.kernels.attention.mosaic_tpu.parts import Part, Where
 from jaxformer.kernels.attention.reads import take
@@ -41,7 +43,8 @@ def by_queries(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, dict[int
         return b, lax.div(h, jnp.int32(group)), j, 0
 
     row = pl.BlockSpec((1, 1, 1, tq), lambda b, h, i, *_: (b, h, 0, i))
-    kept = [n for n in call.reads.learned if not call.parts[n].keys_only]
+    parts = call.parts
+    kept = [n for n in call.reads.learned if not (parts[n].keys_only or parts[n].shared)]
     outputs = [
         (pl.BlockSpec((1, 1, tq, x.q.shape[3]), query), _like(x.q)),
         *_cotangents(call, kept, written),
@@ -96,6 +99,63 @@ def by_keys(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, dict[int, j
         sequential=2,
     )
     return dk, dv, dict(zip(kept, rest, strict=True))
+
+
+def by_tiles(call: Call, saved: Saved, n: int) -> jax.Array:
+    """The cotangent of operand n, a number per score that batch rows or heads share.
+
+    The grid runs over the tiles of the operand, and within each over those that share it: what
+    would be B * H matrices of scores is summed before it is written.
+    """
+    part, (b, h, *_) = call.parts[n], call.x.q.shape
+    tq, tk, states = call.tq, call.tk, call.blocks.states
+    nq, nk = states.shape[1:]
+    own = b if part.has[0] else 1, h if part.has[1] else 1
+
+    def where(b: Any, h: Any, i: Any, j: Any, more_b: Any, more_h: Any, *_: Any) -> tuple[Any, ...]:
+        return b + more_b, h + more_h, i, j
+
+    def query(*grid: Any) -> tuple[Any, ...]:
+        b, h, i, _ = where(*grid)
+        return b, h, i, 0
+
+    def key(*grid: Any) -> tuple[Any, ...]:
+        b, h, _, j = where(*grid)
+        return b, lax.div(h, jnp.int32(call.group)), j, 0
+
+    def across(*grid: Any) -> tuple[Any, ...]:
+        b, h, i, _ = where(*grid)
+        return b, h, 0, i
+
+    def kernel(*refs: Any) -> None:
+        (state,), scalars, inputs, operands, (out,) = take(
+            refs, 1, len(call.reads.scalars), INPUTS, len(call.parts)
+        )
+        grid = [pl.program_id(axis) for axis in range(6)]
+        b, h, i, j = where(*grid)
+        pl.when((grid[4] == 0) & (grid[5] == 0))(lambda: _clear([(part, out)], "tile"))
+        found = state[((b if states.shape[0] > 1 else 0) * nq + i) * nk + j]
+
+        def visit(partial: bool) -> None:
+            delta = inputs[5][0, 0, 0]
+            pulled = _pull(call, inputs, operands, scalars, (b, h, i, j), delta, partial)
+            part.add(out, _chosen(call, pulled, [n])[0], i, j)
+
+        for partial in call.blocks.by_q.kinds:
+            pl.when(found == (PARTIAL if partial else FULL))(functools.partial(visit, partial))
+
+    tile_of = pl.BlockSpec((1, 1, tq, tk), lambda b, h, i, j, *_: (b, h, i, j))
+    shape = jax.ShapeDtypeStruct((*own, nq * tq, nk * tk), jnp.float32)
+    (stored,) = run(
+        kernel,
+        grid=(*own, nq, nk, b // own[0], h // own[1]),
+        scalars=[states, *call.reads.scalars],
+        inputs=_inputs(call, saved, query, key, pl.BlockSpec((1, 1, 1, tq), across), where),
+        outputs=[(tile_of, shape)],
+        scratch=[],
+        sequential=2,
+    )
+    return stored
 
 
 def _inputs(
