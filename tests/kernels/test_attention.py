@@ -144,14 +144,25 @@ def run(case, x, weights, impl, tiles=(16, 16)):
 @pytest.mark.parametrize("impl", ["chunked", "xla", *KERNELS])
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, impl):
-    case = CASES[name]
+    check(CASES[name], impl)
+
+
+@pytest.mark.parametrize(
+    ("impl", "tiles"),
+    [("mosaic_tpu", (16, 32)), ("mosaic_tpu", (64, 16)), ("triton", (32, 16))],
+)
+def test_bands_in_oblong_tiles(impl, tiles):
+    check(CASES["padding_urpe"], impl, tiles)
+
+
+def check(case, impl, tiles=(16, 16)):
     x = draw(case)
     if "aux_cap" in x:
         x["aux_cap"] = np.float32(2.0)  # a cap near 0 has no derivative worth comparing
     rng = np.random.default_rng(3)
     b, l, _, h, _, _, kv = case.sizes
     weights = rng.standard_normal((b, l, h, kv)), rng.standard_normal((b, h, l))
-    (o, lse), grads = run(case, x, jax.tree.map(np.float32, weights), impl)
+    (o, lse), grads = run(case, x, jax.tree.map(np.float32, weights), impl, tiles)
     want_o, want_lse = attend(case, x)
     # float32 sums of some fifty terms of size 1, through exp: about 20 units of 1.2e-7 * |score|.
     np.testing.assert_allclose(o, want_o, rtol=1e-4, atol=1e-5)
