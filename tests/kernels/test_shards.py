@@ -65,6 +65,15 @@ CALLS = {
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 4}, {"fsdp": 2, "sequence": 4}])
 @pytest.mark.parametrize("name", CALLS)
 def test_devices_agree_with_one(name, sizes):
+    check(name, sizes, "chunked", (8, 16))
+
+
+@pytest.mark.parametrize(("name", "impl"), [("mods", "mosaic_tpu"), ("causal, dropout", "triton")])
+def test_kernels_are_divided_likewise(name, impl):
+    check(name, {"data": 4, "tensor": 2}, impl, (16, 16))
+
+
+def check(name, sizes, impl, tiles):
     call = dict(CALLS[name])
     qkv = array(B, L, H, 8), array(B, S, 2, 8), array(B, S, 2, 8)
     arrays = qkv, {x: call.pop(x) for x in ("sink", "aux") if x in call}
@@ -72,7 +81,7 @@ def test_devices_agree_with_one(name, sizes):
 
     def loss(arrays):
         qkv, rest = arrays
-        o, lse = attention(*qkv, **rest, **call, return_lse=True, impl="chunked", tiles=(8, 16))
+        o, lse = attention(*qkv, **rest, **call, return_lse=True, impl=impl, tiles=tiles)
         return (o * weights[0]).sum() + (jnp.where(lse == -jnp.inf, 0, lse) * weights[1]).sum(), o
 
     run = jax.value_and_grad(loss, has_aux=True)

@@ -10,7 +10,7 @@ import math
 
 import jax
 
-from jaxformer.kernels.attention import counted, cudnn, splash
+from jaxformer.kernels.attention import counted, cudnn, mosaic_tpu, splash, triton
 from jaxformer.kernels.attention.chunked import chunked
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.xla import xla
@@ -43,10 +43,9 @@ IMPLEMENTATIONS = (
     Implementation("cudnn", cudnn.refuse, cudnn.cudnn),
     Implementation("splash", splash.refuse, splash.splash),
     Implementation("counted", counted.refuse, counted.counted),
-    *(
-        Implementation(name, _not_built, _not_built)
-        for name in ("mosaic_gpu", "triton", "mosaic_tpu")
-    ),
+    Implementation("mosaic_tpu", mosaic_tpu.refuse, jax.jit(mosaic_tpu.mosaic_tpu)),
+    Implementation("triton", triton.refuse, jax.jit(triton.triton)),
+    *(Implementation(name, _not_built, _not_built) for name in ("mosaic_gpu",)),
 )
 
 # In the order they are tried where scores are many; `chunked` does every call everywhere.
