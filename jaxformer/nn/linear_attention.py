@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.kernels.attention.masks import And, Causal, Full, KeyPadding, Mask
+from jaxformer.kernels.attention.array_masks import KeyPadding
+from jaxformer.kernels.attention.masks import And, Causal, Full, Mask
 from jaxformer.kernels.linear_attention import causal_sum, key_value_state, linear_attention
 from jaxformer.nn.attention import head_sizes
 from jaxformer.nn.cache import DecodeUnsupported, require_cache

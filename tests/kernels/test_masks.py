@@ -21,6 +21,10 @@ from jaxformer.kernels.attention import (
     Window,
     dense,
 )
+from jaxformer.kernels.attention.blocks import BlockList, blocks, static_states
+from jaxformer.kernels.attention.masks import Grid
+from jaxformer.kernels.attention.operands import Sizes
+from jaxformer.kernels.attention.request import Request, Rules
 
 B, H, L, S = 2, 2, 13, 17
 rows, cols = np.indices((L, S))
@@ -33,7 +37,7 @@ def odd(idx):
     return (idx.q + idx.k) % 2 == 1
 
 
-def blocks(rng):
+def table_of(rng):
     return rng.random((3, 4)) < 0.5
 
 
@@ -70,7 +74,7 @@ def window(left, right):
 
 
 def block_sparse(rng, bq, bk):
-    table = blocks(rng)
+    table = table_of(rng)
     seen = np.zeros((L, S), bool)
     for i, j in np.ndindex(L, S):
         if i // bq < 3 and j // bk < 4:
@@ -114,6 +118,69 @@ def test_elements_follow_boolean_logic_and_tile_states_follow_elements(expressio
         assert (state is not TileState.FULL) or part.all()
         assert (state is not TileState.SKIP) or not part.any()
         assert mask.tile_state(None, None) in (TileState.PARTIAL, TileState.FULL)
+
+
+def request_of(mask, q_pos=None, k_pos=None):
+    x = [np.zeros((B, n, H, 1), np.float32) for n in (L, S, S)]
+    return Request(*x, mask, {}, None, q_pos, k_pos, None, Rules(scale=1.0))
+
+
+def check_list(visits, seen, tiles):
+    """Every list names each tile at most once, all that is visible, and FULL only where all is."""
+    visits = BlockList(*map(np.asarray, visits))
+    assert visits.index.min() >= 0
+    for b, i in np.ndindex(B, visits.index.shape[1]):
+        of_b = b if len(visits.count) > 1 else 0
+        count, full = visits.count[of_b, i], visits.full[of_b, i]
+        index = visits.index[of_b, i]
+        assert 0 <= full <= count <= len(index) and len(set(index[:count])) == count
+        assert (index[count:] == index[max(count - 1, 0)]).all()  # nothing new behind the end
+        rows = seen[b, :, i * tiles[0] : (i + 1) * tiles[0]]
+        for j in range(-(-seen.shape[3] // tiles[1])):
+            part = rows[:, :, j * tiles[1] : (j + 1) * tiles[1]]
+            assert j in index[:count] or not part.any()
+            # A tile that reaches into padding is smaller here, and never FULL.
+            whole = part.shape[1:] == tiles and part.all()
+            assert j not in index[:full] or whole
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(expressions, st.sampled_from([(4, 5), (13, 3)]))  # few sizes: each is compiled anew
+def test_block_lists_follow_elements(expression, tiles):
+    mask, want = expression
+    want = np.broadcast_to(want, (B, H, L, S))
+    lists = blocks(request_of(mask), *tiles)
+    check_list(lists.by_q, want, tiles)
+    check_list(lists.by_k, want.swapaxes(2, 3), tiles[::-1])
+    static = static_states(request_of(mask), *tiles)
+    assert lists.by_q.static == (not jax.tree.leaves(mask))
+    if lists.by_q.static:
+        assert int((static > 0).sum()) == int(lists.by_q.count.sum())
+    else:  # what is known while tracing is known when running, too
+        assert int((static > 0).sum()) * B >= int(lists.by_q.count.sum())
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(expressions, bits)
+def test_block_lists_follow_positions(expression, rng):
+    mask, _ = expression
+    q_pos, k_pos = rng.integers(0, 30, L), np.sort(rng.integers(0, 30, (B, S)))
+    want = dense(mask, B, H, L, S, q_pos, k_pos)
+    lists = blocks(request_of(mask, q_pos, k_pos), 4, 5)
+    check_list(lists.by_q, np.broadcast_to(want, (B, H, L, S)), (4, 5))
+
+
+def test_arrays_decide_tiles_while_running():
+    """Soundness alone would allow PARTIAL everywhere."""
+    ids = jnp.repeat(jnp.arange(3), 8)[None]
+    states = jax.jit(lambda mask: mask.tile_states(Grid.of(Sizes(1, 1, 24, 24), 8, 8)))
+    assert np.array_equal(states(Segments(ids, ids))[0], 2 * np.eye(3))
+    assert np.array_equal(states(Segments(ids, ids) & Causal())[0], np.eye(3))
+    want = np.array([2, 1, 0]) * np.ones((3, 1))
+    for mask in (KeyPadding(jnp.array([9])), Prefix(jnp.array(9)), DenseMask(jnp.arange(24) < 9)):
+        assert np.array_equal(states(mask)[0], want), mask
+    shifted = Grid.of(Sizes(1, 1, 8, 24), 8, 8, jnp.arange(8) + 8)  # the second of three shards
+    assert np.array_equal(Causal().tile_states(shifted)[0], [[2, 1, 0]])
 
 
 @pytest.mark.parametrize(

@@ -7,19 +7,16 @@ from jaxformer.kernels.attention.api import (
     merge,
     plan,
 )
+from jaxformer.kernels.attention.array_masks import DenseMask, KeyPadding, Prefix, Segments
 from jaxformer.kernels.attention.masks import (
     And,
     BlockSparse,
     Causal,
-    DenseMask,
     Diagonal,
     Full,
-    KeyPadding,
     Mask,
     MaskMod,
     Or,
-    Prefix,
-    Segments,
     TileState,
     Window,
     dense,

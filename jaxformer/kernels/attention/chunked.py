@@ -64,9 +64,9 @@ def chunked(request: Request) -> tuple[jax.Array, jax.Array]:
             return o + output(tile.probabilities(s, lse[..., None]))
 
         o = jnp.zeros((*shape, x.v.shape[-1]), sums)
-        m, l, o = _walk(row, one_pass, (*_before(x.sink, shape, sums), o))
+        m, l, o = _walk(tiles, row, one_pass, (*_before(x.sink, shape, sums), o))
         l, lse = tile.normaliser(m, l)
-        return _walk(row, second_pass, o) if rules.two_pass else o / l[..., None], lse
+        return _walk(tiles, row, second_pass, o) if rules.two_pass else o / l[..., None], lse
 
     o, lse = lax.map(chunk, (*_index(tiles), _chunks(x.q, tiles.tq), *tiles.tables))
     return _unchunk(o, sizes.l).swapaxes(1, 2).astype(request.q.dtype), _unchunk(lse, sizes.l)
@@ -114,8 +114,8 @@ def _backward(saved: Any, cotangents: Any) -> tuple[Request]:
             return dq, dk, dv, daux
 
         if rules.two_pass:
-            delta = _walk(row, find_delta, delta)
-        dq, *totals = _walk(row, visit, (jnp.zeros(q.shape, sums), *totals))
+            delta = _walk(tiles, row, find_delta, delta)
+        dq, *totals = _walk(tiles, row, visit, (jnp.zeros(q.shape, sums), *totals))
         return tuple(totals), (dq, delta)
 
     dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)  # a row that sees nothing is constant
@@ -145,16 +145,16 @@ def _backward(saved: Any, cotangents: Any) -> tuple[Request]:
 chunked.defvjp(_forward, _backward)
 
 
-def _walk(row: Any, visit: Callable[[Any, bool, Any], Any], carry: Any) -> Any:
+def _walk(tiles: Tiling, row: Any, visit: Callable[[Any, bool, Any], Any], carry: Any) -> Any:
     """Visit the FULL, then the PARTIAL key tiles of one chunk of queries."""
-    full, n_full, partial, n_partial = row
-    for table, count, is_partial in ((full, n_full, False), (partial, n_partial, True)):
-        if table.shape[0]:
+    index, full, count = row
+    for partial in tiles.visits.kinds:
 
-            def step(t: Any, carry: Any, table: Any = table, is_partial: bool = is_partial) -> Any:
-                return visit(table[t], is_partial, carry)
+        def step(t: Any, carry: Any, partial: bool = partial) -> Any:
+            return visit(index[t], partial, carry)
 
-            carry = lax.fori_loop(0, count, step, carry)
+        ends = (full, count) if partial else (0, full)
+        carry = lax.fori_loop(*ends, step, carry)
     return carry
 
 
@@ -167,7 +167,7 @@ def _before(sink: jax.Array | None, shape: tuple[int, ...], dtype: Any) -> tuple
 
 
 def _index(tiles: Tiling) -> tuple[np.ndarray]:
-    return (np.arange(len(tiles.n_full), dtype=np.int32),)
+    return (np.arange(len(tiles.tables[0]), dtype=np.int32),)
 
 
 def _chunks(x: jax.Array, size: int) -> jax.Array:

@@ -1,9 +1,10 @@
 """Masks as data: who may attend to whom.
 
-A mask combines with `&` and `|`. It tells a back end two things: `tile_state`, whether a block of
-scores can be skipped or needs no mask arithmetic, decided from Python integers while tracing; and
-`elem`, the boolean of every score of a tile. Masks that carry arrays are pytrees and go through
-`jax.jit`; masks without arrays are static and comparable, so they may sit in a model's config.
+A mask combines with `&` and `|`. It tells a back end two things: which blocks of scores can be
+skipped or need no mask arithmetic (`tile_state` of one block from Python integers, while tracing;
+`tile_states` of all of them, from arrays too); and `elem`, the boolean of every score of a tile.
+Masks that carry arrays (`array_masks.py`) are pytrees and go through `jax.jit`; masks without
+arrays are static and comparable, so they may sit in a model's config.
 
 Position masks (Causal, Window, Prefix, Diagonal, BlockSparse, MaskMod) see `q_pos` and `k_pos`
 where the caller gives them; array masks (Segments, KeyPadding, DenseMask) lie on rows and columns.
@@ -14,26 +15,82 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.kernels.attention import operands as ops
-from jaxformer.kernels.attention.operands import Block, Idx, Operand, PerK, PerQ, Sizes, Tile
+from jaxformer.kernels.attention.operands import Block, Idx, Operand, PerK, PerQ, Sizes
 
 
-class TileState(enum.Enum):
-    """What a mask does to one block of scores."""
+class TileState(enum.IntEnum):
+    """What a mask does to a block of scores: `&` is the minimum of two states, `|` the maximum."""
 
-    SKIP = "skip"  # nothing is visible
-    FULL = "full"  # everything is visible
-    PARTIAL = "partial"  # mixed, or not known while tracing
+    SKIP = 0  # nothing is visible
+    PARTIAL = 1  # mixed, or not known
+    FULL = 2  # everything is visible
 
 
-SKIP, FULL, PARTIAL = TileState.SKIP, TileState.FULL, TileState.PARTIAL
+SKIP, PARTIAL, FULL = TileState.SKIP, TileState.PARTIAL, TileState.FULL
 Span = range | None  # the positions of a tile's rows or columns; None when they are traced
+Ends = tuple[Any, Any]  # lowest and highest position of tiles, NumPy when they are known
+
+
+class Grid(NamedTuple):
+    """The score matrix cut into tiles of tq x tk, and the positions that the tiles span.
+
+    `q` are the ends of tile rows, (1 or B, nq, 1), and `k` of tile columns, (1 or B, 1, nk).
+    """
+
+    sizes: Sizes
+    tq: int
+    tk: int
+    q: Ends
+    k: Ends
+
+    @classmethod
+    def of(
+        cls,
+        sizes: Sizes,
+        tq: int,
+        tk: int,
+        q_pos: jax.Array | None = None,
+        k_pos: jax.Array | None = None,
+    ) -> Grid:
+        """The grid of a call; positions as `attention` takes them."""
+        q, k = _ends(q_pos, sizes.l, tq), _ends(k_pos, sizes.s, tk)
+        return cls(sizes, tq, tk, tuple(x[:, :, None] for x in q), tuple(x[:, None] for x in k))
+
+    @property
+    def static(self) -> bool:
+        """Whether every position is known while tracing."""
+        return all(isinstance(x, np.ndarray) for x in (*self.q, *self.k))
+
+    @property
+    def spans(self) -> tuple[list[range], list[range]]:
+        """The rows of each tile row, the columns of each tile column."""
+        return tuple(
+            [range(i, min(i + tile, n)) for i in range(0, n, tile)]
+            for n, tile in ((self.sizes.l, self.tq), (self.sizes.s, self.tk))
+        )
+
+
+def _ends(pos: jax.Array | None, length: int, tile: int) -> Ends:
+    """Lowest and highest position of each tile, (1 or B, tiles)."""
+    if pos is None:
+        low = np.arange(0, length, tile)[None]
+        return low, np.minimum(low + tile, length) - 1
+    pos = jnp.atleast_2d(pos)
+    pos = jnp.pad(pos, ((0, 0), (0, -length % tile)), mode="edge")
+    pos = pos.reshape(pos.shape[0], -1, tile)
+    return pos.min(-1), pos.max(-1)
+
+
+def states(nothing: Any, everything: Any) -> Any:
+    """States from what is surely so, elementwise; NumPy from NumPy."""
+    return 1 + everything.astype(np.int32) - nothing.astype(np.int32)
 
 
 class Mask:
@@ -42,6 +99,14 @@ class Mask:
     def tile_state(self, q: Span, k: Span) -> TileState:
         """SKIP or FULL only where that is certain for every batch row and head."""
         raise NotImplementedError
+
+    def tile_states(self, grid: Grid) -> Any:
+        """The state of every tile, int32 (1 or B, nq, nk); traced where arrays decide it."""
+        rows, cols = grid.spans
+        if not grid.static:
+            unknown = self.tile_state(None, None)
+            return np.full((1, len(rows), len(cols)), unknown, np.int32)
+        return np.array([[[self.tile_state(q, k) for k in cols] for q in rows]], np.int32)
 
     def operands(self, sizes: Sizes) -> Any:
         """The arrays that `elem` reads, a tree of `Operand`; None when it needs none."""
@@ -116,13 +181,20 @@ class _Band(Mask):
     def tile_state(self, q: Span, k: Span) -> TileState:
         if q is None or k is None:
             return PARTIAL
+        return TileState(int(self._judge(np.array(k[0] - q[-1]), np.array(k[-1] - q[0]))))
+
+    def tile_states(self, grid: Grid) -> Any:
+        return self._judge(grid.k[0] - grid.q[1], grid.k[1] - grid.q[0])
+
+    def _judge(self, least: Any, most: Any) -> Any:
+        """States of tiles on which k - q has these extremes."""
         low, high = self._bounds()
-        least, most = k[0] - q[-1], k[-1] - q[0]
-        if (high is not None and least > high) or (low is not None and most < low):
-            return SKIP
-        if (high is None or most <= high) and (low is None or least >= low):
-            return FULL
-        return PARTIAL
+        nothing, everything = least > most, least <= most  # False and True, in their shape
+        if high is not None:
+            nothing, everything = nothing | (least > high), everything & (most <= high)
+        if low is not None:
+            nothing, everything = nothing | (most < low), everything & (least >= low)
+        return states(nothing, everything)
 
     def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
         low, high = self._bounds()
@@ -242,113 +314,6 @@ class MaskMod(Mask):
         return self.fn(idx)
 
 
-# ------------------------------------------------------------------------ masks with arrays
-
-
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prefix(Mask):
-    """Everyone sees positions below `n`: an int, or an integer array, one for all or (B,)."""
-
-    n: int | jax.Array
-
-    @property
-    def _static(self) -> bool:
-        return isinstance(self.n, (int, np.integer))
-
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Any]:
-        # A Python int stays static through jit, so that whole tiles can still be skipped.
-        return ((), int(self.n)) if self._static else ((self.n,), None)
-
-    @classmethod
-    def tree_unflatten(cls, static: Any, children: tuple[Any, ...]) -> Prefix:
-        return cls(static) if static is not None else cls(*children)
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Prefix) and self._static and other._static:
-            return self.n == other.n
-        return self is other
-
-    def __hash__(self) -> int:
-        return hash((Prefix, int(self.n))) if self._static else id(self)
-
-    def tile_state(self, q: Span, k: Span) -> TileState:
-        if not self._static or k is None:
-            return PARTIAL
-        return FULL if k[-1] < self.n else SKIP if k[0] >= self.n else PARTIAL
-
-    def operands(self, sizes: Sizes) -> Any:
-        if self._static:
-            return None
-        return PerQ(jnp.asarray(self.n, jnp.int32).reshape(-1, 1, 1))
-
-    def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
-        return idx.k < (self.n if self._static else aux)
-
-
-class _ArrayMask(Mask):
-    """What the tile sees depends on arrays: nothing is known while tracing."""
-
-    def tile_state(self, q: Span, k: Span) -> TileState:
-        return PARTIAL
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Segments(_ArrayMask):
-    """Packed sequences: visible when the segment numbers agree. `q_ids` (B, L), `kv_ids` (B, S)."""
-
-    q_ids: jax.Array
-    kv_ids: jax.Array
-
-    def operands(self, sizes: Sizes) -> Any:
-        per_row = [jnp.atleast_2d(x)[:, None] for x in (self.q_ids, self.kv_ids)]
-        return PerQ(per_row[0]), PerK(per_row[1])
-
-    def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
-        q_ids, kv_ids = aux
-        return q_ids == kv_ids
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class KeyPadding(_ArrayMask):
-    """Visible keys of each batch row: booleans (B, S), or integer lengths (B,)."""
-
-    valid: jax.Array
-
-    def operands(self, sizes: Sizes) -> Any:
-        valid = jnp.asarray(self.valid)
-        if valid.dtype == bool and valid.ndim == 2:
-            return PerK(valid[:, None])
-        if jnp.issubdtype(valid.dtype, jnp.integer) and valid.ndim == 1:
-            return PerK(jnp.arange(sizes.s) < valid[:, None, None])
-        raise ValueError(
-            f"KeyPadding: needs booleans (B, S) or integer lengths (B,), "
-            f"got {valid.dtype} {valid.shape}"
-        )
-
-    def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
-        return aux
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class DenseMask(_ArrayMask):
-    """Booleans broadcastable to (B, H, L, S): quadratic memory, the last resort."""
-
-    visible: jax.Array
-
-    def operands(self, sizes: Sizes) -> Any:
-        visible = jnp.asarray(self.visible)
-        if visible.dtype != bool:
-            raise ValueError(f"DenseMask: needs booleans, got {visible.dtype}")
-        return Tile(visible)
-
-    def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
-        return aux
-
-
 # ------------------------------------------------------------------------------- combinations
 
 
@@ -362,14 +327,21 @@ class _Pair(Mask):
         return self.a.operands(sizes), self.b.operands(sizes)
 
 
+def _known(*arrays: Any) -> bool:
+    return all(isinstance(x, np.ndarray) for x in arrays)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class And(_Pair):
     """Visible in both."""
 
     def tile_state(self, q: Span, k: Span) -> TileState:
-        states = {self.a.tile_state(q, k), self.b.tile_state(q, k)}
-        return SKIP if SKIP in states else FULL if states == {FULL} else PARTIAL
+        return min(self.a.tile_state(q, k), self.b.tile_state(q, k))
+
+    def tile_states(self, grid: Grid) -> Any:
+        a, b = self.a.tile_states(grid), self.b.tile_states(grid)
+        return np.minimum(a, b) if _known(a, b) else jnp.minimum(a, b)
 
     def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
         a, b = aux or (None, None)
@@ -382,8 +354,11 @@ class Or(_Pair):
     """Visible in either."""
 
     def tile_state(self, q: Span, k: Span) -> TileState:
-        states = {self.a.tile_state(q, k), self.b.tile_state(q, k)}
-        return FULL if FULL in states else SKIP if states == {SKIP} else PARTIAL
+        return max(self.a.tile_state(q, k), self.b.tile_state(q, k))
+
+    def tile_states(self, grid: Grid) -> Any:
+        a, b = self.a.tile_states(grid), self.b.tile_states(grid)
+        return np.maximum(a, b) if _known(a, b) else jnp.maximum(a, b)
 
     def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
         a, b = aux or (None, None)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxformer.kernels.attention.masks import FULL, PARTIAL, SKIP
+from jaxformer.kernels.attention.blocks import BlockList, block_list, static_states
+from jaxformer.kernels.attention.masks import FULL, PARTIAL
 from jaxformer.kernels.attention.operands import Block, Sizes
 from jaxformer.kernels.attention.request import Request
 
@@ -22,20 +23,17 @@ class Tiling(NamedTuple):
     padded: Sizes
     tq: int
     tk: int
-    full: np.ndarray  # (chunks, most FULL tiles of a chunk), filled up with 0
-    n_full: np.ndarray  # (chunks,)
-    partial: np.ndarray
-    n_partial: np.ndarray
+    visits: BlockList  # static, one for the whole batch
 
     @property
     def tables(self) -> tuple[np.ndarray, ...]:
-        """What the loop over chunks reads: a row of each table per chunk."""
-        return self.full, self.n_full, self.partial, self.n_partial
+        """What the loop over chunks reads: tiles to visit, how many are FULL, how many in all."""
+        return self.visits.index[0], self.visits.full[0], self.visits.count[0]
 
     @property
     def scores(self) -> int:
         """Scores computed per batch row and head."""
-        return int(self.n_full.sum() + self.n_partial.sum()) * self.tq * self.tk
+        return int(self.visits.count.sum()) * self.tq * self.tk
 
     def block(self, i: Any, j: Any) -> Block:
         """Tile j of chunk i."""
@@ -47,20 +45,9 @@ def tiling(request: Request) -> Tiling:
     sizes = request.sizes
     tq, tk = request.rules.tiles or _tile_sizes(sizes)
     tq, tk = _even(sizes.l, tq), _even(sizes.s, tk)
-    rows, cols = -(-sizes.l // tq), -(-sizes.s // tk)
-    full: list[list[int]] = [[] for _ in range(rows)]
-    partial: list[list[int]] = [[] for _ in range(rows)]
-    for i in range(rows):
-        q = range(i * tq, min((i + 1) * tq, sizes.l))
-        for j in range(cols):
-            k = range(j * tk, min((j + 1) * tk, sizes.s))
-            state = request.tile_state(q, k)
-            if state is FULL and len(q) == tq and len(k) == tk:
-                full[i].append(j)
-            elif state is not SKIP:  # a tile that reaches into the padding is PARTIAL
-                partial[i].append(j)
-    padded = Sizes(sizes.b, sizes.h, rows * tq, cols * tk)
-    return Tiling(padded, tq, tk, *_table(full), *_table(partial))
+    states = static_states(request, tq, tk)
+    padded = Sizes(sizes.b, sizes.h, states.shape[0] * tq, states.shape[1] * tk)
+    return Tiling(padded, tq, tk, block_list(states[None]))
 
 
 def _tile_sizes(sizes: Sizes) -> tuple[int, int]:
@@ -77,14 +64,6 @@ def _even(length: int, tile: int) -> int:
         return length
     part = -(-length // -(-length // tile))
     return min(tile, -(-part // 16) * 16)
-
-
-def _table(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    counts = np.array([len(x) for x in lists], np.int32)
-    table = np.zeros((len(lists), counts.max(initial=0)), np.int32)
-    for row, x in zip(table, lists, strict=True):
-        row[: len(x)] = x
-    return table, counts
 
 
 def _halves(x: range, smallest: int) -> tuple[range, ...]:
