@@ -26,7 +26,7 @@ from jaxformer.kernels.linear_attention.sums import (
     sum_type,
 )
 
-LARGEST = 256  # features: a state of 256 x 256 fills the registers of a GPU program
+LARGEST = 256  # features of a kernel: its state is a matrix of features squared
 SHORT = 64  # positions that are one chunk of any kernel
 
 
@@ -172,16 +172,20 @@ def _tiles(impl: str, request: Request) -> Tiles:
     if impl == "mosaic_tpu":
         return mosaic_tpu.tiles_of(l)
     if impl == "triton":
-        return triton.tiles_of(b, l, h, request.v.shape[-1])
+        return triton.tiles_of(b, l, h, _size(request), request.q.dtype)
     return Tiles(min(128, l))
 
 
-def _kernel_refuses(request: Request) -> Refusal | None:
-    dtype, size = request.q.dtype, max(request.q.shape[-1], request.v.shape[-1])
+def _size(request: Request) -> int:
+    return max(request.q.shape[-1], request.v.shape[-1])
+
+
+def _kernel_refuses(request: Request, largest: int = LARGEST) -> Refusal | None:
+    dtype, size = request.q.dtype, _size(request)
     if dtype not in (jnp.bfloat16, jnp.float32):
         return Refusal(f"type {dtype}", "allowed are bfloat16 and float32")
-    if size > LARGEST:
-        return Refusal(f"head size {size}", f"the largest is {LARGEST}")
+    if size > largest:
+        return Refusal(f"head size {size}", f"the largest is {largest} in {dtype}")
     return None
 
 
@@ -197,7 +201,7 @@ def _triton_refuses(request: Request) -> Refusal | None:
     for name, size in (("chunk", tiles.chunk), ("columns", tiles.columns or 16)):
         if size < 16 or size & (size - 1):
             return Refusal(f"{name}={size}", "it takes powers of two from 16 on")
-    return _kernel_refuses(request)
+    return _kernel_refuses(request, triton.largest(request.q.dtype))
 
 
 def _run_chunked(request: Request) -> jax.Array:

@@ -111,11 +111,9 @@ def _entering(
         return None
     k, v = (_whole(x, tiles.chunk * tiles.segments) for x in (k, v))
     states = kernels.states(k, v, tiles)
-    if reverse:
-        total = jnp.cumsum(states[:, :0:-1], 1)[:, ::-1]
-    else:
-        total = jnp.cumsum(states[:, :-1], 1)
-    return jnp.pad(total, ((0, 0), (0, 1) if reverse else (1, 0), *[(0, 0)] * 3))
+    states = states[:, ::-1] if reverse else states
+    total = jnp.pad(jnp.cumsum(states[:, :-1], 1), ((0, 0), (1, 0), *[(0, 0)] * 3))
+    return total[:, ::-1] if reverse else total
 
 
 def _scan(

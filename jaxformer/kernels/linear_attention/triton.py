@@ -56,9 +56,7 @@ class Triton:
             o_ref[...] = read(state_ref[...], q_ref[...])
 
         specs = [grid.rows(), grid.state(shared=True)]
-        o = grid.call(kernel, specs, grid.rows_of_columns(), grid.output_shape())(
-            q, state[:, None]
-        )
+        o = grid.call(kernel, specs, grid.rows_of_columns(), grid.output_shape())(q, state[:, None])
         return o[..., :n]
 
     def scan(
@@ -148,8 +146,7 @@ class _Grid:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def call(self, kernel: Any, in_specs: Any, out_specs: Any, out_shape: Any) -> Any:
-        # The state alone takes size * columns registers, of which a warp has 32 * 255.
-        warps = 8 if self.size * self.columns > 128 * 64 else 4
+        warps = 8 if self.size > 64 else 4
         return pallas(
             kernel,
             grid=(self.batch * self.heads, self.segments, self.features // self.columns),
@@ -160,13 +157,24 @@ class _Grid:
         )
 
 
-def tiles_of(batch: int, length: int, heads: int, features: int) -> Tiles:
-    """Chunks and columns of 64, and segments enough to give every processor two programs."""
-    chunk = min(64, _power_of_two(length))
-    columns = min(64, _power_of_two(features))
-    wanted = PROGRAMS * columns // (batch * heads * _power_of_two(features))
+def tiles_of(batch: int, length: int, heads: int, size: int, dtype: Any) -> Tiles:
+    """Tiles that spill no register on sm_80 and sm_90, and segments for every processor.
+
+    `size` is the larger of the feature sizes: the gradients exchange them.
+    """
+    if dtype == jnp.float32:
+        chunk, columns = 32, 32
+    else:
+        chunk, columns = 64, 64 if size <= 64 else 32
+    chunk, columns = min(chunk, _power_of_two(length)), min(columns, _power_of_two(size))
+    wanted = PROGRAMS * columns // (batch * heads * _power_of_two(size))
     longest = length // (4 * chunk)  # of four chunks at least: entering a segment costs one or two
     return Tiles(chunk, columns, 2 ** int(math.log2(max(1, min(wanted, longest)))))
+
+
+def largest(dtype: Any) -> int:
+    """Features that the registers hold: float32 of 256 spills with every tile that was tried."""
+    return 128 if dtype == jnp.float32 else 256
 
 
 def _power_of_two(n: int) -> int:
