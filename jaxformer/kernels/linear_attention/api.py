@@ -25,6 +25,7 @@ from jaxformer.kernels.linear_attention.sums import (
     causal,
     sum_type,
 )
+from jaxformer.kernels.tuned import tuned
 
 LARGEST = 256  # features of a kernel: its state is a matrix of features squared
 SHORT = 64  # positions that are one chunk of any kernel
@@ -169,6 +170,9 @@ def _tiles(impl: str, request: Request) -> Tiles:
     if request.tiles is not None:
         return request.tiles
     b, l, h, _ = request.q.shape
+    measured = tuned("linear_attention", impl, l, head_size=_size(request), causal=request.causal)
+    if measured is not None and request.q.dtype == jnp.bfloat16:
+        return Tiles(*measured)
     if impl == "mosaic_tpu":
         return mosaic_tpu.tiles_of(l)
     if impl == "triton":
