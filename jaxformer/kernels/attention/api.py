@@ -18,6 +18,8 @@ from jax import lax
 from jaxformer.kernels.attention.chunked import chunked
 from jaxformer.kernels.attention.masks import Full, Mask
 from jaxformer.kernels.attention.mods import ProbMod, ScoreMod, seed_of
+from jaxformer.kernels.attention.mosaic_gpu.op import mosaic_gpu
+from jaxformer.kernels.attention.mosaic_gpu.op import refuse as refuse_mosaic_gpu
 from jaxformer.kernels.attention.operands import Operand
 from jaxformer.kernels.attention.request import Request, Rules
 from jaxformer.kernels.attention.tiling import tiling, visible_scores
@@ -268,8 +270,9 @@ def _not_built(request: Request) -> Refusal:
 IMPLEMENTATIONS = (
     Implementation("chunked", lambda request: None, jax.jit(chunked)),
     Implementation("xla", _too_large, jax.jit(xla)),
+    Implementation("mosaic_gpu", refuse_mosaic_gpu, jax.jit(mosaic_gpu)),
     *(
         Implementation(name, _not_built, _not_built)
-        for name in ("cudnn", "mosaic_gpu", "triton", "mosaic_tpu", "splash")
+        for name in ("cudnn", "triton", "mosaic_tpu", "splash")
     ),
 )

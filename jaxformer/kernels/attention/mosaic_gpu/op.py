@@ -1,0 +1,154 @@
+"""The differentiable op: layouts before and after the kernels, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxformer.kernels.attention import tile
+from jaxformer.kernels.attention.layout import Inputs
+from jaxformer.kernels.attention.masks import SKIP, Grid
+from jaxformer.kernels.attention.mosaic_gpu.backward import Saved, key_pass, query_pass
+from jaxformer.kernels.attention.mosaic_gpu.bands import band_pass
+from jaxformer.kernels.attention.mosaic_gpu.elementwise import NotElementwise
+from jaxformer.kernels.attention.mosaic_gpu.forward import forward
+from jaxformer.kernels.attention.mosaic_gpu.schedule import (
+    BLOCK,
+    CONFIGS,
+    Config,
+    config_of,
+    head_size,
+    padded_size,
+)
+from jaxformer.kernels.attention.mosaic_gpu.terms import Terms
+from jaxformer.kernels.attention.operands import Operand, Toeplitz
+from jaxformer.kernels.attention.request import Request
+from jaxformer.kernels.dispatch import Refusal
+
+
+def refuse(request: Request) -> Refusal | None:
+    """What is in the way of these kernels; None when nothing is."""
+    if request.q.dtype not in (jnp.bfloat16, jnp.float16):
+        return Refusal(f"{request.q.dtype} inputs", "tensor cores multiply bfloat16 or float16")
+    if head_size(request) not in CONFIGS:
+        return Refusal(f"head size {head_size(request)}", f"at most {max(CONFIGS)}")
+    tiles = request.rules.tiles
+    if tiles is not None and (tiles[0] != BLOCK or tiles[1] not in (64, 128, 256)):
+        return Refusal(f"tiles {tiles}", f"needs {BLOCK} queries and 64, 128 or 256 keys")
+    try:
+        terms = Terms.of(request, config_of(request).padded(request.sizes))
+        terms.scores(partial=True), terms.weights(partial=True), terms.pull_back(partial=True)
+    except NotElementwise as error:
+        return Refusal("this mask or mod", str(error))
+    return None
+
+
+@jax.custom_vjp
+def mosaic_gpu(request: Request) -> tuple[jax.Array, jax.Array]:
+    """Output (B, L, H, Kv) and log-sum-exp (B, H, L)."""
+    return _forward(request)[0]
+
+
+def _forward(request: Request) -> tuple[Any, Any]:
+    config = config_of(request)
+    terms = Terms.of(request, config.padded(request.sizes))
+    o, lse = forward(request, config, terms, *map(_rows, (request.q, request.k, request.v)))
+    o = o[:, : request.sizes.l, :, : request.v.shape[-1]]
+    lse = lse[:, :, : request.sizes.l]
+    return (o, lse), (request, o, lse)
+
+
+def _backward(residuals: Any, cotangents: Any) -> tuple[Request]:
+    request, o, lse = residuals
+    do, dlse = cotangents
+    config, rules = config_of(request), request.rules
+    terms = Terms.of(request, config.padded(request.sizes))
+    dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)  # a row that sees nothing is constant
+    delta = 0.0 if rules.two_pass else _row_products(do, o)
+    rest = (0, 0), (0, 0), (0, terms.padded.l - request.sizes.l)
+    # The LSE -inf makes the probabilities of rows beyond the length 0.
+    lse, delta = jnp.pad(lse, rest, constant_values=-jnp.inf), jnp.pad(delta - dlse, rest)
+    qkv = map(_rows, (request.q, request.k, request.v))
+    saved = Saved(*qkv, _rows(do.astype(request.q.dtype)), lse, delta)
+    if rules.two_pass:
+        delta = delta + query_pass(request, config, terms, saved, dq=False, rows=("p_dp",))["p_dp"]
+        saved = saved._replace(delta=delta)
+    d, daux = _pull(request, config, terms, saved)
+    dsink = None
+    if request.sink is not None:
+        p = tile.probabilities(request.sink.astype(lse.dtype)[:, None], lse)
+        dsink = -(p * delta).sum((0, 2)).astype(request.sink.dtype)
+    cut = {n: d[f"d{n}"][:, : x.shape[1], :, : x.shape[3]] for n, x in _qkv(request).items()}
+    nothing = dict(mask=None, q_pos=None, k_pos=None, seed=None)
+    aux = {name: daux.get(name) for name in request.aux}
+    return (dataclasses.replace(request, **cut, sink=dsink, aux=aux, **nothing),)
+
+
+mosaic_gpu.defvjp(_forward, _backward)
+
+
+def _pull(request: Request, config: Config, terms: Terms, saved: Saved) -> tuple[Any, Any]:
+    """Cotangents of the padded q, k and v, and of the differentiable operands."""
+    learned = Inputs.of(request).aux
+    axes = {name: terms.axes(f"aux.{name}") for name in learned}
+    bands = tuple(n for n, x in learned.items() if isinstance(x, Toeplitz))
+    tiles = tuple(n for n, a in axes.items() if a == "ls" and n not in bands)
+    by_q = tuple(n for n, a in axes.items() if a in ("", "l"))
+    by_k = tuple(n for n, a in axes.items() if a == "s")
+    got = query_pass(request, config, terms, saved, dq=True, rows=by_q, tiles=tiles)
+    launches = (("dk",), ("dv",)) if config.split_dkv else (("dk", "dv"),)
+    for sums in launches:
+        rows = by_k if "dk" in sums else ()
+        got |= key_pass(request, config, terms, saved, sums=sums, rows=rows)
+    got |= band_pass(request, terms, saved, bands) if bands else {}
+    visited = _visited(request, config, terms) if tiles else None
+
+    def cotangent(name: str, operand: Operand) -> Operand:
+        """From sums over whole axes to the operand's own axes."""
+        x = got[name]
+        if name in bands:
+            x = x if operand.value.shape[0] > 1 else x.sum(0, keepdims=True)
+        else:
+            x = x if name not in tiles else jnp.where(visited, x, 0.0)
+            x = x[:, :, None] if name in by_k else x if name in tiles else x[..., None]
+            smaller = [i for i, n in enumerate(operand.value.shape) if n == 1]
+            x = x.sum(tuple(smaller), keepdims=True)
+        return dataclasses.replace(operand, value=x.astype(operand.value.dtype))
+
+    def prepare(aux: dict[str, Operand]) -> dict[str, Operand]:
+        return {name: x.prepare(request.sizes, terms.padded) for name, x in aux.items()}
+
+    prepared, unprepare = jax.vjp(prepare, learned)
+    (daux,) = unprepare({name: cotangent(name, x) for name, x in prepared.items()})
+    return {name: got[name] for name in ("dq", "dk", "dv")}, daux
+
+
+def _visited(request: Request, config: Config, terms: Terms) -> jax.Array:
+    """Which scores lie in a tile that the dQ kernel visits, (1 or B, 1, padded L, padded S)."""
+    grid = Grid.of(request.sizes, BLOCK, config.dq_keys, request.q_pos, request.k_pos)
+    seen = jnp.asarray(request.mask.tile_states(grid) != SKIP)
+    seen = seen.repeat(BLOCK, 1).repeat(config.dq_keys, 2)
+    _, _, l, s = terms.padded
+    return jnp.pad(seen, ((0, 0), (0, l - seen.shape[1]), (0, s - seen.shape[2])))[:, None]
+
+
+def _qkv(request: Request) -> dict[str, jax.Array]:
+    return {"q": request.q, "k": request.k, "v": request.v}
+
+
+def _rows(x_BxLxHxK: jax.Array) -> jax.Array:
+    """Lengths in whole swizzled rows of 8, head sizes in whole ones of 64 numbers.
+
+    What a tile reads beyond that is filled with zeros by the copy itself.
+    """
+    _, l, _, k = x_BxLxHxK.shape
+    return jnp.pad(x_BxLxHxK, ((0, 0), (0, -l % 8), (0, 0), (0, padded_size(k) - k)))
+
+
+def _row_products(x_BxLxHxK: jax.Array, y_BxLxHxK: jax.Array) -> jax.Array:
+    """(B, H, L) sums of products, float32."""
+    products = x_BxLxHxK.astype(jnp.float32) * y_BxLxHxK.astype(jnp.float32)
+    return products.sum(-1).swapaxes(1, 2)
