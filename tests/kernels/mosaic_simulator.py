@@ -180,7 +180,7 @@ class Simulator:
         self.rng = np.random.default_rng(seed)
         self.fetched = []
 
-    def launch(self, body, inputs, outputs, scratch, *, grid, warpgroups):
+    def launch(self, body, inputs, outputs, scratch, *, name, grid, warpgroups):
         def new(shape, dtype):
             x = np.zeros(shape, dtype)
             x.fill(np.nan if jnp.issubdtype(dtype, jnp.floating) else 123456789)
@@ -263,10 +263,14 @@ class Simulator:
         return Ref(ref.base, ref.window, not ref.flipped)
 
     @staticmethod
-    def multiply(*pairs, then=None):
+    def opaque(x):
+        return x
+
+    @staticmethod
+    def multiply(a, b, then=None):
         if then is not None:
             then()
-        return tuple(jnp.asarray(_matrix(a) @ _matrix(b)) for a, b in pairs)
+        return jnp.asarray(_matrix(a) @ _matrix(b))
 
     @staticmethod
     def add_products(*terms):

@@ -63,20 +63,40 @@ class Pull:
         """Whether a product or a statistic is read at all."""
         return any(name in program.inputs for program in self.programs.values())
 
-    def statistics(self, refs: Mapping[str, Any], place: Place) -> dict[str, Part]:
-        """LSE and delta of the queries of a tile."""
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Which statistics are read."""
+        return tuple(name for name in ("lse", "delta") if self.needs(name))
+
+    def statistic(self, refs: Mapping[str, Any], name: str, place: Place) -> Part:
+        """The "lse" or "delta" of the queries of a tile."""
         at, over = (place.b, place.h, pl.ds(place.q, place.lengths[0])), place.over("l")
-        names = [name for name in ("lse", "delta") if self.needs(name)]
-        return {name: Part(over, device.load(refs[name].at[at], over)) for name in names}
+        return Part(over, device.load(refs[name].at[at], over))
 
     def __call__(
-        self, refs: Any, place: Place, partial: bool, statistics: dict[str, Part], products: Any
+        self,
+        refs: Any,
+        place: Place,
+        partial: bool,
+        factors: dict[str, tuple[Any, Any]],
+        known: dict[str, Part],
     ) -> dict[str, jax.Array]:
-        """The wanted tiles; `products` are q k^T and, where needed, dO v^T."""
-        raw, *dw = products
-        computed = {"raw": Part("rc", raw * self.request.rules.scale), **statistics}
-        computed |= dict(zip(("dw",), (Part("rc", x) for x in dw), strict=False))
-        get = self.terms.reader(refs, place, computed)
+        """The wanted tiles, from the factors in shared memory of "raw" and, where needed, "dw".
+
+        Products and statistics are computed and loaded where they are first needed, except what is
+        `known`: a tile in waiting holds 32 registers of each thread.
+        """
+        read = self.terms.reader(refs, place, known)
+
+        def get(name: str) -> Part:
+            if name in factors:
+                a, b = factors[name]
+                product = device.multiply(a, device.transposed(b))
+                scale = self.request.rules.scale if name == "raw" else 1.0
+                return Part("rc", product * scale)
+            late = name in ("lse", "delta") and name not in known
+            return self.statistic(refs, name, place) if late else read(name)
+
         outputs = self.programs[partial](place.shape, get)
         return {name: full_tile(part, place.shape) for name, part in outputs.items()}
 
@@ -85,7 +105,7 @@ class Pull:
         arrays = {name: x for name, x in saved._asdict().items() if name in ("q", "k")}
         if self.needs("dw"):
             arrays |= {"do": saved.do, "v": saved.v}
-        arrays |= {n: getattr(saved, n) for n in ("lse", "delta") if self.needs(n)}
+        arrays |= {name: getattr(saved, name) for name in self.statistics}
         arrays["visits"] = visit_table(visits)
         return arrays | self.terms.arrays(self.programs.values(), shape, flipped)
 
@@ -134,7 +154,7 @@ def query_pass(
             shape = config.dq_keys, x.shape[-1]
             scratch |= Ring.scratch(f"{streamed}_ring", shape, x.dtype, config.back_stages)
     out = device.launch(
-        kernel, inputs, outputs, scratch,
+        kernel, inputs, outputs, scratch, name="attention_dq",
         grid={"turn": visits.count.shape[1], "batch": b, "head": h}, warpgroups=COMPUTE + 1,
     )  # fmt: skip
     return {name.removeprefix("out."): x for name, x in out.items()}
@@ -164,12 +184,12 @@ class _QueryPass:
 
         @device.when(warpgroup < COMPUTE)
         def _() -> None:
-            device.registers(232, more=True)
+            device.registers(240, more=True)
             self.compute(refs, work, b, h, warpgroup)
 
         @device.when(warpgroup == COMPUTE)
         def _() -> None:
-            device.registers(40, more=False)
+            device.registers(24, more=False)
             g = refs["key_head"][h]
 
             def fill(t: Any, _: Any) -> None:
@@ -182,30 +202,28 @@ class _QueryPass:
     def compute(self, refs: Any, work: Visits, b: Any, h: Any, wg: Any) -> None:
         first = work.tile * BLOCK + wg * ROWS
         rows, ready = pl.ds(first, ROWS), refs["block_ready"].at[wg]
-        own = [refs[f"{name}_block"].at[wg] for name, _ in self.pairs]
-        for (name, _), block in zip(self.pairs, own, strict=True):
-            device.fetch(refs[name].at[b, rows, h], block, ready)
+        for name, _ in self.pairs:
+            device.fetch(refs[name].at[b, rows, h], refs[f"{name}_block"].at[wg], ready)
             device.wait(ready)
         rings = [Ring.of(refs, f"{name}_ring") for _, name in self.pairs]
         place = Place(b, h, first, 0, self.shape)
-        statistics = self.pull.statistics(refs, place)
+        known = {x: self.pull.statistic(refs, x, place) for x in self.pull.statistics}
 
         def visit(t: Any, partial: bool, carry: Any) -> Any:
             dq, sums = carry
             at = place._replace(k=work.index(t) * self.config.dq_keys)
             keys = [ring.take(t) for ring in rings]
-            pairs = [(x, device.transposed(y)) for x, y in zip(own, keys, strict=True)]
-            products = device.multiply(*pairs)
-            for ring in rings[1:]:
-                ring.give_back(t)
-            pulled = self.pull(refs, at, partial, statistics, products)
+            own = [refs[f"{name}_block"].at[device.opaque(wg)] for name, _ in self.pairs]
+            factors = dict(zip(("raw", "dw"), zip(own, keys, strict=True), strict=False))
+            pulled = self.pull(refs, at, partial, factors, known)
             for name in self.tiles:
                 columns = pl.ds(at.k, self.config.dq_keys)
                 refs[f"out.{name}"].at[b, h, rows, columns][...] = pulled[name]
             sums = {name: sums[name] + pulled[name].sum(axis=1) for name in self.rows}
             if self.dq:
                 (dq,) = device.add_products((dq, pulled["dq"], keys[0]))
-            rings[0].give_back(t)
+            for ring in rings:
+                ring.give_back(t)
             return dq, sums
 
         sums = {name: device.full((ROWS,), 0.0, "r") for name in self.rows}
@@ -214,7 +232,8 @@ class _QueryPass:
         for name in self.rows:
             refs[f"out.{name}"].at[b, h, rows][...] = sums[name]
         if self.dq:
-            device.put(dq * self.pull.request.rules.scale, own[0], refs["out.dq"].at[b, rows, h])
+            dq = dq * self.pull.request.rules.scale
+            device.put(dq, refs["q_block"].at[wg], refs["out.dq"].at[b, rows, h])
             device.finish_puts()
 
 
@@ -262,7 +281,7 @@ def key_pass(
             shape = config.dkv_queries, inputs[name].shape[-1]
             scratch |= Ring.scratch(f"{name}_ring", shape, saved.q.dtype, config.back_stages)
     out = device.launch(
-        kernel, inputs, outputs, scratch,
+        kernel, inputs, outputs, scratch, name="_".join(("attention", *sums)),
         grid={"turn": visits.count.shape[1], "batch": b, "head": g}, warpgroups=COMPUTE + 1,
     )  # fmt: skip
     return {name.removeprefix("out."): x for name, x in out.items()}
@@ -287,12 +306,12 @@ class _KeyPass:
 
         @device.when(warpgroup < COMPUTE)
         def _() -> None:
-            device.registers(232, more=True)
+            device.registers(240, more=True)
             self.compute(refs, work, heads, b, g, warpgroup)
 
         @device.when(warpgroup == COMPUTE)
         def _() -> None:
-            device.registers(40, more=False)
+            device.registers(24, more=False)
 
             def per_head(i: Any, _: Any) -> None:
                 def fill(t: Any, _: Any) -> None:
@@ -313,9 +332,9 @@ class _KeyPass:
     def compute(self, refs: Any, work: Visits, heads: Any, b: Any, g: Any, wg: Any) -> None:
         first = work.tile * BLOCK + wg * ROWS
         rows, ready = pl.ds(first, ROWS), refs["block_ready"].at[wg]
-        own = {name: refs[f"{name}_block"].at[wg] for name in ("k", "v") if name in refs}
-        for name, block in own.items():
-            device.fetch(refs[name].at[b, rows, g], block, ready)
+        resident = [name for name in ("k", "v") if name in refs]
+        for name in resident:
+            device.fetch(refs[name].at[b, rows, g], refs[f"{name}_block"].at[wg], ready)
             device.wait(ready)
         rings = {name: Ring.of(refs, f"{name}_ring") for name in self.streamed(refs)}
 
@@ -327,14 +346,16 @@ class _KeyPass:
                 step = (i - heads[0]) * work.count + t
                 queries = work.index(t) * self.config.dkv_queries
                 at = Place(b, h, queries, first, self.shape, flipped=True)
-                statistics = self.pull.statistics(refs, at)
+                # On its way while the products are computed; delta would hold registers too long.
+                known = {"lse": self.pull.statistic(refs, "lse", at)}
                 taken = {name: ring.take(step) for name, ring in rings.items()}
-                pairs = zip(own.values(), taken.values(), strict=False)
-                products = device.multiply(*((x, device.transposed(y)) for x, y in pairs))
-                pulled = self.pull(refs, at, partial, statistics, products)
-                factors = {"dk": "q", "dv": "do"}
+                own = [refs[f"{name}_block"].at[device.opaque(wg)] for name in resident]
+                pairs = zip(own, taken.values(), strict=False)
+                factors = dict(zip(("raw", "dw"), pairs, strict=False))
+                pulled = self.pull(refs, at, partial, factors, known)
+                right = {"dk": "q", "dv": "do"}
                 added = device.add_products(
-                    *((totals[n], pulled[n], taken[factors[n]]) for n in self.sums)
+                    *((totals[n], pulled[n], taken[right[n]]) for n in self.sums)
                 )
                 for ring in rings.values():
                     ring.give_back(step)

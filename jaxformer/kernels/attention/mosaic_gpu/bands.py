@@ -51,7 +51,7 @@ def band_pass(
     out = device.launch(
         _BandPass(pull, visits, names, b), inputs,
         {f"out.{name}": jax.ShapeDtypeStruct((h, n, ROWS, ROWS), F32) for name in names},
-        scratch, grid={"diagonal": n, "head": h}, warpgroups=2,
+        scratch, name="attention_bands", grid={"diagonal": n, "head": h}, warpgroups=2,
     )  # fmt: skip
     return {name: _fold(out[f"out.{name}"]) for name in names}
 
@@ -93,12 +93,12 @@ class _BandPass:
 
         @device.when(warpgroup == 0)
         def _() -> None:
-            device.registers(232, more=True)
+            device.registers(240, more=True)
             self.compute(refs, work, first, h, diagonal)
 
         @device.when(warpgroup == 1)
         def _() -> None:
-            device.registers(40, more=False)
+            device.registers(24, more=False)
             g = refs["key_head"][h]
 
             def per_row(b: Any, step: Any) -> Any:
@@ -126,13 +126,12 @@ class _BandPass:
 
             def visit(t: Any, partial: bool, sums: Any) -> Any:
                 place = Place(b, h, *first(visits.index(t)), (ROWS, ROWS))
-                statistics = self.pull.statistics(refs, place)
                 x = {name: ring.take(step + t) for name, ring in rings.items()}
-                pairs = [(x[a], device.transposed(x[b])) for a, b in ("qk", ("do", "v")) if a in x]
-                products = device.multiply(*pairs)
+                factors = {"raw": (x["q"], x["k"])}
+                factors |= {"dw": (x["do"], x["v"])} if "do" in x else {}
+                pulled = self.pull(refs, place, partial, factors, {})
                 for ring in rings.values():
                     ring.give_back(step + t)
-                pulled = self.pull(refs, place, partial, statistics, products)
                 return {name: sums[name] + pulled[name] for name in self.names}
 
             return step + visits.count, visits.walk(self.visits.kinds, visit, sums)

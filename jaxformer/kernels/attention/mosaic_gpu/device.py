@@ -50,6 +50,7 @@ def launch(
     outputs: Mapping[str, jax.ShapeDtypeStruct],
     scratch: Mapping[str, Shared | Barriers],
     *,
+    name: str,
     grid: Mapping[str, int],
     warpgroups: int,
 ) -> dict[str, jax.Array]:
@@ -59,6 +60,7 @@ def launch(
     def kernel(*refs: Any) -> None:
         body(dict(zip(names, refs, strict=True)))
 
+    kernel.__name__ = name
     call = plgpu.kernel(
         kernel,
         out_type=tuple(outputs.values()),
@@ -96,6 +98,15 @@ def when(condition: Any) -> Callable[[Callable[[], None]], None]:
 def loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     """Carry = body(t, carry) for t in [start, stop), int32."""
     return lax.fori_loop(jnp.int32(start), jnp.int32(stop), body, carry)
+
+
+def opaque(x: jax.Array) -> jax.Array:
+    """The same number, of which the compiler knows nothing.
+
+    It would compute the addresses of all operands of a product before the loop, and spill them: at
+    head size 256 the dQ kernel stored 372 bytes per thread, with this none.
+    """
+    return lax.optimization_barrier(x)
 
 
 def registers(number: int, *, more: bool) -> None:
@@ -141,18 +152,16 @@ def transposed(ref: Any) -> Any:
     return compat.mosaic_gpu_transpose(ref)
 
 
-def multiply(*pairs: tuple[Any, Any], then: Callable[[], None] | None = None) -> Any:
-    """A @ b in float32 for each pair, b in shared memory; `then` runs while they are computed."""
+def multiply(a: Any, b: Any, then: Callable[[], None] | None = None) -> jax.Array:
+    """a @ b in float32, both in shared memory; `then` runs while it is computed."""
 
-    def body(*sums: Any) -> Any:
-        for total, (a, b) in zip(sums, pairs, strict=True):
-            plgpu.wgmma(total, a, b)
+    def body(total: Any) -> jax.Array:
+        plgpu.wgmma(total, a, b)
         if then is not None:
             then()
-        return tuple(total[...] for total in sums)
+        return total[...]
 
-    shapes = [(a.shape[0], b.shape[1]) for a, b in pairs]
-    return pl.run_scoped(body, *(plgpu.ACC(shape, F32) for shape in shapes))
+    return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[1]), F32))
 
 
 def add_products(*terms: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, ...]:

@@ -67,11 +67,19 @@ class Program:
         return Program(inputs, tuple(reversed(steps)), tuple(picked), tree)
 
     def __call__(self, shape: tuple[int, int], get: Callable[[str], Part]) -> Any:
-        """The outputs as `Part`s of a (rows, columns) tile, from the inputs by name."""
-        env = {x: get(name) for name, x in self.inputs.items()}
+        """The outputs as `Part`s of a (rows, columns) tile, from the inputs by name.
+
+        An input is asked for where it is first needed, so that it holds registers no longer.
+        """
+        names = {x: name for name, x in self.inputs.items()}
+        env: dict[int, Part] = {}
 
         def read(x: Any) -> Part:
-            return env[x] if isinstance(x, int) else Part("", x.value)
+            if not isinstance(x, int):
+                return Part("", x.value)
+            if x not in env:
+                env[x] = get(names[x])
+            return env[x]
 
         for step in self.steps:
             env[step.output] = _apply(step, [read(x) for x in step.inputs], shape)
@@ -146,7 +154,7 @@ class _Steps:
             return inputs[:1]
         if name in REWRITES:
             avals = [jax.ShapeDtypeStruct(ONE, x.aval.dtype) for x in eqn.invars]
-            closed = jax.make_jaxpr(REWRITES[name])(*avals)
+            closed = jax.make_jaxpr(lambda *x: REWRITES[name](*x, **eqn.params))(*avals)
             return self.inline(closed.jaxpr, closed.consts, inputs)
         if name not in LOWERED:
             raise NotElementwise(f"{name} has no Mosaic GPU instruction")
@@ -164,22 +172,29 @@ def _constant(x: Any, dtype: Any = None) -> _Constant:
     return _Constant(np.asarray(x, dtype).reshape(()))
 
 
-def _floor(x: jax.Array) -> jax.Array:
+def _floor(x: jax.Array, **_: Any) -> jax.Array:
     whole = x.astype(jnp.int32).astype(x.dtype)  # truncates towards 0
     whole = whole - jnp.where(whole > x, 1.0, 0.0)
     return jnp.where(jnp.abs(x) < 2.0**23, whole, x)  # beyond, every float32 is whole
 
 
-def _log1p(x: jax.Array) -> jax.Array:
+def _log1p(x: jax.Array, **_: Any) -> jax.Array:
     u = 1.0 + x  # the rounding of u cancels (Kahan)
     return jnp.where(u == 1.0, x, jnp.log(u) * x / jnp.where(u == 1.0, 1.0, u - 1.0))
 
 
-def _expm1(x: jax.Array) -> jax.Array:
+def _expm1(x: jax.Array, **_: Any) -> jax.Array:
     u = jnp.exp(x)
     near = (u != 1.0) & (u > 0.5) & (u < 2.0)
     exact = (u - 1.0) * x / jnp.where(near, jnp.log(jnp.where(near, u, 2.0)), 1.0)
     return jnp.where(u == 1.0, x, jnp.where(near, exact, u - 1.0))
+
+
+def _integer_pow(x: jax.Array, y: int) -> jax.Array:
+    if y < 0:
+        return 1.0 / _integer_pow(x, -y)
+    half = _integer_pow(x, y // 2) if y > 1 else jnp.ones_like(x)
+    return half * half * x if y % 2 else half * half
 
 
 CALLS = {
@@ -193,20 +208,22 @@ CALLS = {
 }
 SHAPES = (
     *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy", "copy_p"),
+    "stop_gradient",
     *("reduce_sum", "reduce_max", "reduce_min"),
 )
 REWRITES: dict[str, Callable[..., jax.Array]] = {
-    "sqrt": lambda x: jnp.where(x == 0.0, 0.0, x * lax.rsqrt(x)),
+    "sqrt": lambda x, **_: jnp.where(x == 0.0, 0.0, x * lax.rsqrt(x)),
     "floor": _floor,
-    "ceil": lambda x: -_floor(-x),
+    "ceil": lambda x, **_: -_floor(-x),
     "log1p": _log1p,
     "expm1": _expm1,
-    "tan": lambda x: lax.sin(x) / lax.cos(x),
-    "is_finite": lambda x: jnp.abs(x) < jnp.inf,
+    "integer_pow": _integer_pow,
+    "tan": lambda x, **_: lax.sin(x) / lax.cos(x),
+    "is_finite": lambda x, **_: jnp.abs(x) < jnp.inf,
 }
 LOWERED = (
     *("add", "add_any", "sub", "mul", "div", "rem", "max", "min", "neg", "abs", "sign", "clamp"),
-    *("square", "integer_pow", "rsqrt", "exp", "exp2", "log", "tanh", "logistic", "sin", "cos"),
+    *("square", "rsqrt", "exp", "exp2", "log", "tanh", "logistic", "sin", "cos"),
     *("erf", "round", "select_n", "and", "or", "not", "xor", "eq", "ne", "lt", "le", "gt", "ge"),
     *("shift_left", "shift_right_logical", "shift_right_arithmetic", "convert_element_type"),
 )

@@ -66,6 +66,7 @@ def forward(
             "lse": jax.ShapeDtypeStruct((b, h, terms.padded.l), jnp.float32),
         },
         scratch,
+        name="attention",
         grid={"turn": visits.count.shape[1], "batch": b, "head": h},
         warpgroups=COMPUTE + 1,
     )
@@ -99,12 +100,12 @@ class _Forward:
 
         @device.when(warpgroup < COMPUTE)
         def _() -> None:
-            device.registers(232, more=True)
+            device.registers(240, more=True)
             self.compute(refs, work, rings, b, h, warpgroup)
 
         @device.when(warpgroup == COMPUTE)
         def _() -> None:
-            device.registers(40, more=False)
+            device.registers(24, more=False)
             self.fetch(refs, work, rings, b, refs["key_head"][h])
 
     def fetch(self, refs: Any, work: Visits, rings: Any, b: Any, g: Any) -> None:
@@ -194,7 +195,7 @@ class _Head:
         """Products of the queries with the keys of visit t, the step-th in the ring."""
         k_ring = self.rings[0]
         keys = device.transposed(k_ring.take(step))
-        (raw,) = device.multiply((self.q_block, keys), then=then)
+        raw = device.multiply(self.q_block, keys, then)
         k_ring.give_back(step)
         return raw, self.place._replace(k=self.work.index(t) * self.kernel.config.keys)
 

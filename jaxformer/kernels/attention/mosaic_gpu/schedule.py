@@ -42,8 +42,8 @@ class Config(NamedTuple):
 CONFIGS = {
     64: Config(128, 4, 128, 64, 2, False),
     128: Config(128, 2, 64, 64, 2, False),
-    192: Config(64, 2, 64, 64, 1, True),
-    256: Config(64, 2, 32, 32, 2, True),
+    192: Config(64, 2, 64, 64, 2, True),
+    256: Config(64, 2, 64, 64, 1, True),
 }
 
 
@@ -59,7 +59,10 @@ def padded_size(n: int) -> int:
 
 def config_of(request: Request) -> Config:
     """The tile sizes of a call: by head size, the forward keys from `tiles` where given."""
-    config = CONFIGS[head_size(request)]
+    rules, size = request.rules, head_size(request)
+    config = CONFIGS[size]
+    if rules.score_mod or rules.prob_mod or rules.dropout_rate:
+        config = config._replace(dq_keys=64, split_dkv=size > 64)  # mods need registers, too
     return config if request.rules.tiles is None else config._replace(keys=request.rules.tiles[1])
 
 
@@ -155,7 +158,7 @@ class Ring(NamedTuple):
 
     def slot(self, t: Any) -> Any:
         """The buffer of step t."""
-        return lax.rem(t, jnp.int32(self.buffers.shape[0]))
+        return device.opaque(lax.rem(t, jnp.int32(self.buffers.shape[0])))
 
     def fill(self, t: Any, source: Any) -> None:
         """Fetch the block of step t, once its buffer is free."""
