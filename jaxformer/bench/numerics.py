@@ -128,7 +128,9 @@ def measure(stage: Stage) -> None:
 
 def linear_kernels() -> tuple[str, ...]:
     """Our implementations for this machine."""
-    return {"gpu": ("triton",), "tpu": ("mosaic_tpu",)}.get(jax.default_backend(), ("chunked",))
+    return {"gpu": ("mosaic_gpu", "triton"), "tpu": ("mosaic_tpu",)}.get(
+        jax.default_backend(), ("chunked",)
+    )
 
 
 def _shrink(shape: tuple[int, ...]) -> Any:

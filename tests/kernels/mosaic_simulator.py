@@ -248,6 +248,10 @@ class Simulator:
             ]
         self.machine.step()
 
+    def keep(self, value, target):
+        target[...] = value.astype(target.dtype)
+        self.machine.step()
+
     def finish_puts(self):
         pass
 
@@ -275,7 +279,9 @@ class Simulator:
     @staticmethod
     def add_products(*terms):
         return tuple(
-            total + jnp.asarray(_matrix(a.astype(b.dtype)) @ _matrix(b)) for total, a, b in terms
+            total
+            + jnp.asarray(_matrix(a if isinstance(a, Ref) else a.astype(b.dtype)) @ _matrix(b))
+            for total, a, b in terms
         )
 
     @staticmethod

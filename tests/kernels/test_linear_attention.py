@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.kernels import target
 from jaxformer.kernels.linear_attention import (
     LinearAttentionUnsupported,
     Tiles,
+    api,
     causal_sum,
     explain,
     key_value_state,
@@ -15,6 +17,7 @@ from jaxformer.kernels.linear_attention import (
     linear_attention_step,
     plan,
 )
+from tests.kernels.mosaic_simulator import simulated
 
 IMPLEMENTATIONS = ("chunked", "triton", "mosaic_tpu")
 
@@ -29,6 +32,15 @@ CASES = {
     "cross_bfloat16": ((1, 33, 90, 2, 16, 24), False, "bfloat16", None),
     "cross_one_query": ((1, 1, 40, 1, 8, 8), False, "float32", None),
 }
+
+# Chunks of 64 bfloat16 positions; the simulator plays every thread block, so few of them
+HOPPER = {
+    "odd": ((1, 130, 130, 1, 40, 72), True, "bfloat16", None),
+    "segments": ((1, 200, 200, 1, 64, 128), True, "bfloat16", Tiles(64, 64, 2)),
+    "one_query": ((2, 1, 1, 1, 64, 64), True, "bfloat16", None),
+    "cross_segments": ((1, 70, 250, 1, 128, 64), False, "bfloat16", Tiles(64, None, 2)),
+}
+HOPPER = {f"hopper_{name}": case for name, case in HOPPER.items()}
 
 
 def arrays(shape=(2, 77, 77, 3, 5, 7), dtype="float32", seed=0):
@@ -55,10 +67,15 @@ def reference(q, k, v, do, causal):
     )
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "impl"),
+    [
+        *((case, impl) for case in CASES for impl in IMPLEMENTATIONS),
+        *((case, "mosaic_gpu") for case in ("cross_bfloat16", *HOPPER)),
+    ],
+)
 def test_values_and_gradients_are_those_of_the_quadratic_sum(case, impl):
-    shape, causal, dtype, tiles = CASES[case]
+    shape, causal, dtype, tiles = (CASES | HOPPER)[case]
     if impl == "mosaic_tpu" and tiles is not None:
         tiles = Tiles(tiles.chunk)
     q, k, v = arrays(shape, dtype)
@@ -66,19 +83,23 @@ def test_values_and_gradients_are_those_of_the_quadratic_sum(case, impl):
     do = jnp.broadcast_to(do.sum(-1, keepdims=True), (*do.shape[:3], shape[-1]))
     do = do + jnp.arange(shape[-1], dtype=do.dtype)
 
-    @jax.jit
     def both(q, k, v, do):
         o, pull = jax.vjp(
             lambda *x: linear_attention(*x, causal=causal, impl=impl, tiles=tiles), q, k, v
         )
         return o, *pull(do.astype(o.dtype))
 
+    if impl != "mosaic_gpu":
+        got = jax.jit(both)(q, k, v, do)
+    else:
+        with simulated():
+            got = both(q, k, v, do)
     # bfloat16 keeps 8 bits: of inputs exactly, of scores and states on the way in kernels.
     tolerance = 1e-5 if dtype == "float32" else 1e-2
-    for name, got, want in zip(
-        ("o", "dq", "dk", "dv"), both(q, k, v, do), reference(q, k, v, do, causal), strict=True
+    for name, x, want in zip(
+        ("o", "dq", "dk", "dv"), got, reference(q, k, v, do, causal), strict=True
     ):
-        error = np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
+        error = np.abs(np.asarray(x, np.float64) - want).max() / np.abs(want).max()
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
@@ -148,12 +169,14 @@ def test_second_derivatives_of_the_bidirectional_form():
         ("cpu", True, (2, 4096, 4, 64), "chunked"),
         ("tpu", True, (2, 4096, 4, 64), "mosaic_tpu"),
         ("gpu", False, (2, 4096, 4, 64), "triton"),
+        ("NVIDIA H200", True, (2, 4096, 4, 64), "mosaic_gpu"),
         ("gpu", True, (2, 40, 4, 64), "chunked"),
         ("gpu", True, (2, 4096, 4, 512), "chunked"),
     ],
 )
 def test_the_choice_is_said(platform, causal, shape, chosen, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    where = target.Target("gpu" if "NVIDIA" in platform else platform, platform)
+    monkeypatch.setattr(api, "target", lambda: where)
     x = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
     found = plan(*x, causal=causal)
     assert found.impl == chosen and found.why
@@ -178,6 +201,8 @@ def test_a_plan_counts_what_is_linear():
         (dict(dtype="float16"), "type float16"),
         (dict(tiles=Tiles(48)), "chunk=48"),
         (dict(impl="mosaic_tpu", tiles=Tiles(16, None, 2)), "one segment"),
+        (dict(impl="mosaic_gpu"), "type float32"),
+        (dict(impl="mosaic_gpu", tiles=Tiles(128)), "64 rows of the tensor cores"),
     ],
 )
 def test_refusals_say_who_can(changes, message):

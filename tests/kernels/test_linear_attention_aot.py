@@ -57,3 +57,12 @@ def test_triton(sizes, dtype, causal, target, tmp_path):
     both, arrays = program((2, 4096, 4, *sizes), jnp.dtype(dtype), causal, "triton")
     compiled = compile_for(target, both, *arrays, dump=tmp_path)
     assert compiled.kernels and not compiled.spills
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (256, 256), (64, 256), (40, 72)])
+def test_mosaic_gpu(sizes, causal, tmp_path):
+    # Another length for each: a kernel that was compiled before leaves no report.
+    both, arrays = program((2, 4096 + sum(sizes), 4, *sizes), jnp.bfloat16, causal, "mosaic_gpu")
+    compiled = compile_for("h200", both, *arrays, dump=tmp_path)
+    assert any("mosaic_gpu" in name for name in compiled.kernels) and not compiled.spills

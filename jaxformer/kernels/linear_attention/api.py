@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.kernels.dispatch import Implementation, KernelUnsupported, Plan, Refusal, choose
-from jaxformer.kernels.linear_attention import mosaic_tpu, triton
+from jaxformer.kernels.linear_attention import mosaic_gpu, mosaic_tpu, triton
 from jaxformer.kernels.linear_attention.chunked import chunked
 from jaxformer.kernels.linear_attention.sums import (
     Primitives,
@@ -25,9 +25,11 @@ from jaxformer.kernels.linear_attention.sums import (
     causal,
     sum_type,
 )
+from jaxformer.kernels.target import target
 from jaxformer.kernels.tuned import tuned
 
 LARGEST = 256  # features of a kernel: its state is a matrix of features squared
+KERNELS = {"gpu": ("triton",), "tpu": ("mosaic_tpu",)}  # Hopper has one more
 SHORT = 64  # positions that are one chunk of any kernel
 
 
@@ -154,27 +156,32 @@ def _choose(request: Request, impl: str) -> tuple[Implementation, str]:
 
 
 def _auto(request: Request) -> tuple[str, str]:
-    platform = jax.default_backend()
-    kernel = {"tpu": "mosaic_tpu", "gpu": "triton"}.get(platform)
-    if kernel is None:
-        return "chunked", f"no kernel for {platform}"
-    if request.q.shape[1] <= SHORT and request.causal:
+    where = target()
+    names = ("mosaic_gpu", "triton") if where.hopper else KERNELS.get(where.platform, ())
+    if names and request.q.shape[1] <= SHORT and request.causal:
         return "chunked", f"L <= {SHORT} is one chunk"
-    refusal = next(x for x in IMPLEMENTATIONS if x.name == kernel).refuse(request)
-    if refusal is not None:
-        return "chunked", f"{kernel} does not support {refusal.feature}: {refusal.why}"
-    return kernel, f"the kernel for {platform}"
+    refused = []
+    for implementation in IMPLEMENTATIONS:
+        if implementation.name in names:
+            refusal = implementation.refuse(request)
+            if refusal is None:
+                return implementation.name, "; ".join([f"the kernel for {where}", *refused])
+            refused.append(f"{implementation.name}: not {refusal.feature}, {refusal.why}")
+    return "chunked", "; ".join(refused) or f"no kernel for {where}"
 
 
 def _tiles(impl: str, request: Request) -> Tiles:
     if request.tiles is not None:
         return request.tiles
     b, l, h, _ = request.q.shape
+    l = max(l, request.k.shape[1])
     measured = tuned("linear_attention", impl, l, head_size=_size(request), causal=request.causal)
     if measured is not None and request.q.dtype == jnp.bfloat16:
         return Tiles(*measured)
     if impl == "mosaic_tpu":
         return mosaic_tpu.tiles_of(l)
+    if impl == "mosaic_gpu":
+        return mosaic_gpu.tiles_of(b, l, h, _size(request))
     if impl == "triton":
         return triton.tiles_of(b, l, h, _size(request), request.q.dtype)
     return Tiles(min(128, l))
@@ -197,6 +204,15 @@ def _tpu_refuses(request: Request) -> Refusal | None:
     tiles = _tiles("mosaic_tpu", request)
     if tiles.chunk % 16 or tiles.segments > 1 or tiles.columns is not None:
         return Refusal(f"{tiles}", "it takes chunks of a multiple of 16, whole values, one segment")
+    return _kernel_refuses(request)
+
+
+def _hopper_refuses(request: Request) -> Refusal | None:
+    tiles = _tiles("mosaic_gpu", request)
+    if tiles.chunk != mosaic_gpu.CHUNK or tiles.columns not in (None, mosaic_gpu.COLUMNS):
+        return Refusal(f"{tiles}", "its chunks and columns are the 64 rows of the tensor cores")
+    if request.q.dtype != jnp.bfloat16:
+        return Refusal(f"type {request.q.dtype}", "its tensor core products are of bfloat16")
     return _kernel_refuses(request)
 
 
@@ -223,6 +239,7 @@ def _run(name: str, kernels: Primitives) -> Any:
 
 IMPLEMENTATIONS = (
     Implementation("chunked", lambda request: None, _run_chunked),
+    Implementation("mosaic_gpu", _hopper_refuses, _run("mosaic_gpu", mosaic_gpu.MosaicGPU())),
     Implementation("triton", _triton_refuses, _run("triton", triton.Triton())),
     Implementation("mosaic_tpu", _tpu_refuses, _run("mosaic_tpu", mosaic_tpu.MosaicTPU())),
 )

@@ -129,6 +129,12 @@ def put(value: jax.Array, staging: Any, target: Any) -> None:
     plgpu.copy_smem_to_gmem(staging, target)
 
 
+def keep(value: jax.Array, target: Any) -> None:
+    """Store a tile in shared memory, where the next products of this warpgroup find it."""
+    target[...] = value.astype(target.dtype)
+    plgpu.commit_smem()
+
+
 def finish_puts() -> None:
     """Wait until global memory has what was `put`."""
     plgpu.wait_smem_to_gmem(0)
@@ -153,7 +159,7 @@ def transposed(ref: Any) -> Any:
 
 
 def multiply(a: Any, b: Any, then: Callable[[], None] | None = None) -> jax.Array:
-    """a @ b in float32, both in shared memory; `then` runs while it is computed."""
+    """A @ b in float32, both in shared memory; `then` runs while it is computed."""
 
     def body(total: Any) -> jax.Array:
         plgpu.wgmma(total, a, b)
@@ -164,12 +170,12 @@ def multiply(a: Any, b: Any, then: Callable[[], None] | None = None) -> jax.Arra
     return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[1]), F32))
 
 
-def add_products(*terms: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, ...]:
-    """Total + a @ b for each (total, a, b): a in registers, b in shared memory."""
+def add_products(*terms: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, ...]:
+    """Total + a @ b for each (total, a, b): b in shared memory, a there or in registers."""
 
     def body(sums: Any) -> None:
         for total, (_, a, b) in zip(sums, terms, strict=True):
-            plgpu.wgmma(total, a.astype(b.dtype), b)
+            plgpu.wgmma(total, a.astype(b.dtype) if isinstance(a, jax.Array) else a, b)
 
     return tuple(pl.run_state(body)(tuple(plgpu.ACC.init(total) for total, _, _ in terms)))
 
