@@ -1,9 +1,13 @@
 """Linear attention: every implementation against float64 NumPy, and decoding against both."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxformer.kernels import target
 from jaxformer.kernels.linear_attention import (
@@ -17,6 +21,7 @@ from jaxformer.kernels.linear_attention import (
     linear_attention_step,
     plan,
 )
+from jaxformer.parallel.mesh import make_mesh
 from tests.kernels.mosaic_simulator import simulated
 
 IMPLEMENTATIONS = ("chunked", "triton", "mosaic_tpu")
@@ -146,6 +151,28 @@ def test_sums_of_bfloat16_are_float32(impl):
     assert causal_sum(ones)[0, -1, 0, 0] == 1000
     o = linear_attention(ones, ones, ones, causal=True, impl=impl)
     assert o.dtype == jnp.float32 and o[0, -1, 0, 0] == 1000
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_devices_of_a_mesh_take_rows_and_heads(causal):
+    x = arrays((4, 40, 40, 2, 16, 16))
+
+    @jax.jit
+    def both(*x):
+        attend = functools.partial(linear_attention, causal=causal, impl="triton")
+        return jax.value_and_grad(lambda *x: jnp.sin(attend(*x)).sum(), (0, 1, 2))(*x)
+
+    alone = both(*x)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor"))
+        placed = [jax.device_put(a, sharding) for a in x]
+        program = both.lower(*placed).compile()
+        divided = program(*placed)
+    assert "all-gather" not in program.as_text()
+    assert divided[1][0].sharding.is_equivalent_to(sharding, 4)
+    for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(divided), strict=True):
+        np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-4)
 
 
 def test_memory_is_linear_in_length():

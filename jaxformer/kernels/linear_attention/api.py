@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxformer.kernels.dispatch import Implementation, KernelUnsupported, Plan, Refusal, choose
 from jaxformer.kernels.linear_attention import mosaic_gpu, mosaic_tpu, triton
 from jaxformer.kernels.linear_attention.chunked import chunked
+from jaxformer.kernels.linear_attention.shards import over_mesh
 from jaxformer.kernels.linear_attention.sums import (
     Primitives,
     Tiles,
@@ -232,7 +233,12 @@ def _run_chunked(request: Request) -> jax.Array:
 def _run(name: str, kernels: Primitives) -> Any:
     def run(request: Request) -> jax.Array:
         attend = causal if request.causal else bidirectional
-        return attend(kernels, _tiles(name, request), request.q, request.k, request.v)
+
+        def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            part = dataclasses.replace(request, q=q, k=k, v=v)  # whose tiles may be others
+            return attend(kernels, _tiles(name, part), q, k, v)
+
+        return over_mesh(local, request.q, request.k, request.v)
 
     return run
 
