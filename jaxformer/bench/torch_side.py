@@ -37,6 +37,7 @@ def flex(shape: tuple[int, int, int, int], mod: str, direction: str) -> Run:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.reset()  # it would give up compiling after the eighth mod
     _, length, heads, _ = shape
     score, visible = _mod(mod, length, heads)
     mask = create_block_mask(visible, None, None, length, length, device="cuda")

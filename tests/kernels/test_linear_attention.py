@@ -210,6 +210,15 @@ def test_the_choice_is_said(platform, causal, shape, chosen, monkeypatch):
     assert explain(*x, causal=causal).startswith(chosen)
 
 
+def test_the_choice_is_logged_when_traced(caplog):
+    x = arrays((1, 20, 20, 1, 4, 4))
+    with caplog.at_level("INFO", logger="jaxformer.kernels"):
+        jax.eval_shape(lambda *x: linear_attention(*x, causal=True), *x)
+    assert caplog.messages == [
+        f"causal linear attention of (1, 20, 1, 4): {explain(*x, causal=True)}"
+    ]
+
+
 def test_a_plan_counts_what_is_linear():
     def cost(length):
         x = [jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)] * 3

@@ -10,6 +10,7 @@ of float32 follow `jax.default_matmul_precision`, as everywhere in JAX.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ from jaxformer.kernels.linear_attention.sums import (
 )
 from jaxformer.kernels.target import target
 from jaxformer.kernels.tuned import tuned
+
+log = logging.getLogger(__name__)
 
 LARGEST = 256  # features of a kernel: its state is a matrix of features squared
 KERNELS = {"gpu": ("triton",), "tpu": ("mosaic_tpu",)}  # Hopper has one more
@@ -66,7 +69,11 @@ def linear_attention(
     Raises ValueError on shapes that do not fit, LinearAttentionUnsupported where `impl` cannot.
     """
     request = _request(q_BxLxHxK, k_BxSxHxK, v_BxSxHxN, causal=causal, tiles=tiles)
-    chosen, _ = _choose(request, impl)
+    chosen, why = _choose(request, impl)
+    if log.isEnabledFor(logging.INFO):
+        kind = "causal" if causal else "bidirectional"
+        plan = _plan(request, chosen.name, why)
+        log.info("%s linear attention of %s: %s", kind, request.q.shape, plan)
     return chosen.run(request)
 
 
@@ -85,18 +92,22 @@ def plan(
     """
     request = _request(q_BxLxHxK, k_BxSxHxK, v_BxSxHxN, causal=causal, tiles=tiles)
     chosen, why = _choose(request, impl)
+    return _plan(request, chosen.name, why)
+
+
+def _plan(request: Request, impl: str, why: str) -> Plan:
     (b, l, h, size), (s, n) = request.q.shape, (request.k.shape[1], request.v.shape[-1])
-    used = _tiles(chosen.name, request)
+    used = _tiles(impl, request)
     multiplied = b * h * (l + s) * size * n
-    if causal:
+    if request.causal:
         multiplied += b * h * l * (min(used.chunk, l) + 1) // 2 * (size + n)
     reads = 1
-    if causal and used.segments > 1:
+    if request.causal and used.segments > 1:
         multiplied += b * h * s * size * n
         reads, why = 2, f"{used.segments} segments; {why}"
     item, out = request.q.dtype.itemsize, sum_type(request.q).itemsize
     moved = b * h * (item * (l * size + reads * s * (size + n)) + out * l * n)
-    return Plan(chosen.name, (used.chunk, used.columns or n), 2 * multiplied, moved, why)
+    return Plan(impl, (used.chunk, used.columns or n), 2 * multiplied, moved, why)
 
 
 def explain(*arrays: jax.typing.ArrayLike, **call: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,11 @@ class Chunked:
         k, v = (x.reshape(x.shape[0], tiles.segments, -1, *x.shape[2:]) for x in (k, v))
         return jnp.einsum("bpshk,bpshn->bphkn", k, v, preferred_element_type=sum_type(v))
 
-    def read(self, q: jax.Array, state: jax.Array, tiles: Tiles) -> jax.Array:
+    def read(self, q: jax.Array, state: jax.Array, tiles: Tiles, *, dtype: Any) -> jax.Array:
         del tiles
-        return jnp.einsum(
-            "blhk,bhkn->blhn", q, state.astype(q.dtype), preferred_element_type=sum_type(q)
-        )
+        state, sums = state.astype(q.dtype), sum_type(q)
+        o = jnp.einsum("blhk,bhkn->blhn", q, state, preferred_element_type=sums)
+        return o.astype(dtype)
 
     def scan(
         self,
@@ -35,6 +36,7 @@ class Chunked:
         tiles: Tiles,
         *,
         reverse: bool,
+        dtype: Any,
     ) -> jax.Array:
         b, length, h, _ = q.shape
         parts = (b, tiles.segments, -1, tiles.chunk, h)
@@ -44,12 +46,12 @@ class Chunked:
 
         if before is None:
             before = jnp.zeros((b, 1, h, k.shape[-1], v.shape[-1]), sum_type(v))
-        _, o = lax.scan(
-            lambda state, x: chunk_step(state, *x, reverse=reverse),
-            before,
-            (chunks(q), chunks(k), chunks(v)),
-            reverse=reverse,
-        )
+
+        def step(state: jax.Array, x: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            state, o = chunk_step(state, *x, reverse=reverse)
+            return state, o.astype(dtype)
+
+        _, o = lax.scan(step, before, (chunks(q), chunks(k), chunks(v)), reverse=reverse)
         return o.transpose(1, 2, 0, 4, 3, 5).reshape(b, length, h, -1)
 
 
@@ -63,4 +65,4 @@ def chunked(
         return causal(kernels, tiles, q, k, v)
     # Without a rule of its own, JAX differentiates it in any mode and as often as it likes.
     (state,) = jnp.moveaxis(kernels.states(k, v, tiles._replace(segments=1)), 1, 0)
-    return kernels.read(q, state, tiles)
+    return kernels.read(q, state, tiles, dtype=sum_type(q))

@@ -31,12 +31,12 @@ class MosaicGPU:
     """`Primitives` as one kernel: with keys it keeps a state, with queries it reads it."""
 
     def states(self, k: jax.Array, v: jax.Array, tiles: Tiles) -> jax.Array:
-        return _launch(None, k, v, None, tiles, reverse=False)
+        return _launch(None, k, v, None, tiles, reverse=False, dtype=jnp.float32)
 
-    def read(self, q: jax.Array, state: jax.Array, tiles: Tiles) -> jax.Array:
+    def read(self, q: jax.Array, state: jax.Array, tiles: Tiles, *, dtype: Any) -> jax.Array:
         segments = math.gcd(q.shape[1] // CHUNK, tiles.segments)
         tiles = tiles._replace(segments=segments)
-        return _launch(q, None, None, state[:, None], tiles, reverse=False)
+        return _launch(q, None, None, state[:, None], tiles, reverse=False, dtype=dtype)
 
     def scan(
         self,
@@ -47,8 +47,9 @@ class MosaicGPU:
         tiles: Tiles,
         *,
         reverse: bool,
+        dtype: Any,
     ) -> jax.Array:
-        return _launch(q, k, v, before, tiles, reverse=reverse)
+        return _launch(q, k, v, before, tiles, reverse=reverse, dtype=dtype)
 
 
 def tiles_of(batch: int, length: int, heads: int, features: int) -> Tiles:
@@ -67,6 +68,7 @@ def _launch(
     tiles: Tiles,
     *,
     reverse: bool,
+    dtype: Any,
 ) -> jax.Array:
     """Outputs (B, L, H, N) if there are queries, else states (B, P, H, K, N)."""
     (b, length, h, size), n = (k if q is None else q).shape, (before if v is None else v).shape[-1]
@@ -85,7 +87,7 @@ def _launch(
     (found,) = device.launch(
         kernel,
         inputs,
-        {"state" if q is None else "o": jax.ShapeDtypeStruct(shape, jnp.float32)},
+        {"state" if q is None else "o": jax.ShapeDtypeStruct(shape, dtype)},
         kernel.scratch(inputs),
         name="linear_attention",
         grid={"batch": b, "head": h, "segment": tiles.segments, "column": blocks},
@@ -194,7 +196,8 @@ class _Kernel:
             blocks = {name: ring.take(t) for name, ring in rings.items()}
             if rounded is not None:
                 o = self.output(blocks, rounded)
-                refs["o"].at[b, self.rows(refs, t), h, self.column(c)][...] = o
+                target = refs["o"].at[b, self.rows(refs, t), h, self.column(c)]
+                target[...] = o.astype(target.dtype)
             if "k" in blocks:
                 (state,) = device.add_products((state, device.transposed(blocks["k"]), blocks["v"]))
                 if rounded is not None:

@@ -47,20 +47,20 @@ class MosaicTPU:
         )(k, v)
         return state[:, None]
 
-    def read(self, q: jax.Array, state: jax.Array, tiles: Tiles) -> jax.Array:
+    def read(self, q: jax.Array, state: jax.Array, tiles: Tiles, *, dtype: Any) -> jax.Array:
         q = _heads_first(q)
         b, h, length, size = q.shape
         rows, n = _rows(length, tiles.chunk), state.shape[-1]
 
         def kernel(q_ref: Any, state_ref: Any, o_ref: Any) -> None:
-            o_ref[...] = read(state_ref[...], q_ref[...])
+            o_ref[...] = read(state_ref[...], q_ref[...]).astype(dtype)
 
         o = pallas(
             kernel,
             grid=(b, h, length // rows),
             in_specs=[_by_row(rows, size), _state(size, n)],
             out_specs=_by_row(rows, n),
-            out_shape=jax.ShapeDtypeStruct((b, h, length, n), jnp.float32),
+            out_shape=jax.ShapeDtypeStruct((b, h, length, n), dtype),
             compiler_params=_sequential(),
         )(q, state)
         return _heads_first(o)
@@ -74,6 +74,7 @@ class MosaicTPU:
         tiles: Tiles,
         *,
         reverse: bool,
+        dtype: Any,
     ) -> jax.Array:
         assert before is None, "one segment"
         q, k, v = (_heads_first(x) for x in (q, k, v))
@@ -90,9 +91,10 @@ class MosaicTPU:
             state = state_ref[...]
             for start in reversed(order) if reverse else order:
                 at = pl.ds(start, chunk)
-                state, o_ref[at, :] = chunk_step(
+                state, o = chunk_step(
                     state, q_ref[at, :], k_ref[at, :], v_ref[at, :], reverse=reverse
                 )
+                o_ref[at, :] = o.astype(dtype)
             state_ref[...] = state
 
         last = steps - 1 if reverse else None
@@ -101,7 +103,7 @@ class MosaicTPU:
             grid=(b, h, steps),
             in_specs=[_by_row(rows, size, last)] * 2 + [_by_row(rows, n, last)],
             out_specs=_by_row(rows, n, last),
-            out_shape=jax.ShapeDtypeStruct((b, h, length, n), jnp.float32),
+            out_shape=jax.ShapeDtypeStruct((b, h, length, n), dtype),
             scratch_shapes=[pltpu.VMEM((size, n), jnp.float32)],
             compiler_params=_sequential(),
         )(q, k, v)

@@ -12,7 +12,7 @@ segments cut it into pieces that run side by side, each from the sum of the stat
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,14 @@ class Tiles(NamedTuple):
 class Primitives(Protocol):
     """The three sums over whole chunks: lengths are multiples of chunk * segments, P segments.
 
-    q, k (B, L, H, K) and v (B, L, H, N) of one type; states and outputs in `sum_type` of it.
+    q, k (B, L, H, K) and v (B, L, H, N) of one type; states in `sum_type` of it, outputs in
+    `dtype`: rounding gradients in the kernel saves writing and reading them twice as wide.
     """
 
     def states(self, k: jax.Array, v: jax.Array, tiles: Tiles) -> jax.Array:
         """The state that each segment leaves, (B, P, H, K, N)."""
 
-    def read(self, q: jax.Array, state: jax.Array, tiles: Tiles) -> jax.Array:
+    def read(self, q: jax.Array, state: jax.Array, tiles: Tiles, *, dtype: Any) -> jax.Array:
         """What each query takes from one state (B, H, K, N): (B, L, H, N)."""
 
     def scan(
@@ -52,6 +53,7 @@ class Primitives(Protocol):
         tiles: Tiles,
         *,
         reverse: bool,
+        dtype: Any,
     ) -> jax.Array:
         """Causal sums (B, L, H, N), from the end if `reverse`.
 
@@ -79,7 +81,7 @@ def _causal_forward(
     kernels: Primitives, tiles: Tiles, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     before = _entering(kernels, tiles, k, v)
-    return _scan(kernels, tiles, q, k, v, before), (q, k, v, before)
+    return _scan(kernels, tiles, q, k, v, before, sum_type(v)), (q, k, v, before)
 
 
 def _causal_backward(
@@ -94,10 +96,10 @@ def _causal_backward(
     q, k, v, before = saved
     do = do.astype(v.dtype)
     after = _entering(kernels, tiles, q, do, reverse=True)
-    dq = _scan(kernels, tiles, do, v, k, _turned(before))
-    dk = _scan(kernels, tiles, v, do, q, _turned(after), reverse=True)
-    dv = _scan(kernels, tiles, k, q, do, after, reverse=True)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    dq = _scan(kernels, tiles, do, v, k, _turned(before), q.dtype)
+    dk = _scan(kernels, tiles, v, do, q, _turned(after), k.dtype, reverse=True)
+    dv = _scan(kernels, tiles, k, q, do, after, v.dtype, reverse=True)
+    return dq, dk, dv
 
 
 causal.defvjp(_causal_forward, _causal_backward)
@@ -123,12 +125,13 @@ def _scan(
     k: jax.Array,
     v: jax.Array,
     before: jax.Array | None,
+    dtype: Any,
     *,
     reverse: bool = False,
 ) -> jax.Array:
     length = q.shape[1]
     q, k, v = (_whole(x, tiles.chunk * tiles.segments) for x in (q, k, v))
-    return kernels.scan(q, k, v, before, tiles, reverse=reverse)[:, :length]
+    return kernels.scan(q, k, v, before, tiles, reverse=reverse, dtype=dtype)[:, :length]
 
 
 # --------------------------------------------------------------------------- bidirectional
@@ -146,7 +149,7 @@ def _bidirectional_forward(
     kernels: Primitives, tiles: Tiles, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     state = _total(kernels, tiles, k, v)
-    return _read(kernels, tiles, q, state), (q, k, v, state)
+    return _read(kernels, tiles, q, state, sum_type(v)), (q, k, v, state)
 
 
 def _bidirectional_backward(
@@ -156,10 +159,10 @@ def _bidirectional_backward(
     q, k, v, state = saved
     do = do.astype(v.dtype)
     dstate = _total(kernels, tiles, q, do)
-    dq = _read(kernels, tiles, do, _turned(state))
-    dk = _read(kernels, tiles, v, _turned(dstate))
-    dv = _read(kernels, tiles, k, dstate)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    dq = _read(kernels, tiles, do, _turned(state), q.dtype)
+    dk = _read(kernels, tiles, v, _turned(dstate), k.dtype)
+    dv = _read(kernels, tiles, k, dstate, v.dtype)
+    return dq, dk, dv
 
 
 bidirectional.defvjp(_bidirectional_forward, _bidirectional_backward)
@@ -170,8 +173,10 @@ def _total(kernels: Primitives, tiles: Tiles, k: jax.Array, v: jax.Array) -> jax
     return kernels.states(k, v, tiles).sum(1)
 
 
-def _read(kernels: Primitives, tiles: Tiles, q: jax.Array, state: jax.Array) -> jax.Array:
-    return kernels.read(_whole(q, tiles.chunk), state, tiles)[:, : q.shape[1]]
+def _read(
+    kernels: Primitives, tiles: Tiles, q: jax.Array, state: jax.Array, dtype: Any
+) -> jax.Array:
+    return kernels.read(_whole(q, tiles.chunk), state, tiles, dtype=dtype)[:, : q.shape[1]]
 
 
 def _turned(state: jax.Array | None) -> jax.Array | None:

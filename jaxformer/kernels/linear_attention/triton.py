@@ -44,7 +44,7 @@ class Triton:
         )(k, v)
         return state[..., :size, :n]
 
-    def read(self, q: jax.Array, state: jax.Array, tiles: Tiles) -> jax.Array:
+    def read(self, q: jax.Array, state: jax.Array, tiles: Tiles, *, dtype: Any) -> jax.Array:
         n = state.shape[-1]
         q, state = _feature_tiles(q), _feature_tiles(state, (-2, -1))
         b, length, h, _ = q.shape
@@ -53,10 +53,12 @@ class Triton:
         grid = _Grid.of(q, jax.ShapeDtypeStruct((b, length, h, state.shape[-1]), q.dtype), tiles)
 
         def kernel(q_ref: Any, state_ref: Any, o_ref: Any) -> None:
-            o_ref[...] = read(state_ref[...], q_ref[...])
+            o_ref[...] = read(state_ref[...], q_ref[...]).astype(dtype)
 
         specs = [grid.rows(), grid.state(shared=True)]
-        o = grid.call(kernel, specs, grid.rows_of_columns(), grid.output_shape())(q, state[:, None])
+        o = grid.call(kernel, specs, grid.rows_of_columns(), grid.output_shape(dtype))(
+            q, state[:, None]
+        )
         return o[..., :n]
 
     def scan(
@@ -68,6 +70,7 @@ class Triton:
         tiles: Tiles,
         *,
         reverse: bool,
+        dtype: Any,
     ) -> jax.Array:
         n = v.shape[-1]
         q, k, v = (_feature_tiles(x) for x in (q, k, v))
@@ -79,9 +82,10 @@ class Triton:
             def step(i: Any, state: jax.Array) -> jax.Array:
                 i = grid.chunks - 1 - i if reverse else i
                 at = pl.ds(i * grid.chunk, grid.chunk)
-                state, o_ref[at, :] = chunk_step(
+                state, o = chunk_step(
                     state, q_ref[at, :], k_ref[at, :], v_ref[at, :], reverse=reverse
                 )
+                o_ref[at, :] = o.astype(dtype)
                 return state
 
             state = before_ref[0][...] if before_ref else grid.empty()
@@ -92,7 +96,7 @@ class Triton:
         if before is not None:
             specs.append(grid.state())
             entering.append(_feature_tiles(before, (-2, -1)))
-        call = grid.call(kernel, specs, grid.rows_of_columns(), grid.output_shape())
+        call = grid.call(kernel, specs, grid.rows_of_columns(), grid.output_shape(dtype))
         return call(q, k, v, *entering)[..., :n]
 
 
@@ -141,9 +145,9 @@ class _Grid:
         shape = (self.batch, self.segments, self.heads, self.size, self.features)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    def output_shape(self) -> jax.ShapeDtypeStruct:
+    def output_shape(self, dtype: Any) -> jax.ShapeDtypeStruct:
         shape = (self.batch, self.length, self.heads, self.features)
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jax.ShapeDtypeStruct(shape, dtype)
 
     def call(self, kernel: Any, in_specs: Any, out_specs: Any, out_shape: Any) -> Any:
         warps = 8 if self.size > 64 else 4
