@@ -39,11 +39,17 @@ def refuse(request: Request) -> Refusal | None:
     if tiles is not None and (tiles[0] != BLOCK or tiles[1] not in (64, 128, 256)):
         return Refusal(f"tiles {tiles}", f"needs {BLOCK} queries and 64, 128 or 256 keys")
     try:
-        terms = Terms.of(request, config_of(request).padded(request.sizes))
-        terms.scores(partial=True), terms.weights(partial=True), terms.pull_back(partial=True)
+        jax.eval_shape(_trace, request)
     except NotElementwise as error:
         return Refusal("this mask or mod", str(error))
     return None
+
+
+def _trace(request: Request) -> None:
+    """Trace every program; raises NotElementwise."""
+    terms = Terms.of(request, config_of(request).padded(request.sizes))
+    for program in (terms.scores, terms.weights, terms.pull_back):
+        program(partial=True)
 
 
 @jax.custom_vjp

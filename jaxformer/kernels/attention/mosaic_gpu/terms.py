@@ -43,6 +43,11 @@ class Place(NamedTuple):
         """(queries, keys) of the tile."""
         return self.shape[::-1] if self.flipped else self.shape
 
+    def hidden(self) -> Place:
+        """The same place, from which nothing can be computed ahead of the loop."""
+        b, h, q, k = (device.opaque(x) for x in self[:4])
+        return self._replace(b=b, h=h, q=q, k=k)
+
     def over(self, axes: str) -> str:
         """The tile axes of score axes: "l" queries, "s" keys."""
         names = {"l": "c", "s": "r"} if self.flipped else {"l": "r", "s": "c"}
