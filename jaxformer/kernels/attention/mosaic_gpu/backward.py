@@ -34,7 +34,7 @@ from jaxformer.kernels.attention.request import Request
 F32 = jnp.float32
 
 
-class Saved(NamedTuple):
+class Arrays(NamedTuple):
     """What the backward pass reads: padded q, k, v, dO (B, L, H, K); lse, delta (B, H, L)."""
 
     q: jax.Array
@@ -100,7 +100,7 @@ class Pull:
         outputs = self.programs[partial](place.shape, get)
         return {name: full_tile(part, place.shape) for name, part in outputs.items()}
 
-    def inputs(self, saved: Saved, visits: BlockList, shape: Any, flipped: bool) -> dict[str, Any]:
+    def inputs(self, saved: Arrays, visits: BlockList, shape: Any, flipped: bool) -> dict[str, Any]:
         """The arrays in global memory that every kernel with this program reads."""
         arrays = {name: x for name, x in saved._asdict().items() if name in ("q", "k")}
         if self.needs("dw"):
@@ -117,7 +117,7 @@ def query_pass(
     request: Request,
     config: Config,
     terms: Terms,
-    saved: Saved,
+    saved: Arrays,
     *,
     dq: bool,
     rows: tuple[str, ...] = (),
@@ -244,7 +244,7 @@ def key_pass(
     request: Request,
     config: Config,
     terms: Terms,
-    saved: Saved,
+    saved: Arrays,
     *,
     sums: tuple[str, ...],
     rows: tuple[str, ...] = (),
