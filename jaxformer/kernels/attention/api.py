@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxformer.kernels.attention import mosaic_gpu, mosaic_tpu
 from jaxformer.kernels.attention.chunked import chunked
 from jaxformer.kernels.attention.masks import Full, Mask
 from jaxformer.kernels.attention.mods import ProbMod, ScoreMod, seed_of
-from jaxformer.kernels.attention.mosaic_gpu.op import mosaic_gpu
-from jaxformer.kernels.attention.mosaic_gpu.op import refuse as refuse_mosaic_gpu
 from jaxformer.kernels.attention.operands import Operand
 from jaxformer.kernels.attention.request import Request, Rules
 from jaxformer.kernels.attention.tiling import tiling, visible_scores
@@ -270,9 +269,7 @@ def _not_built(request: Request) -> Refusal:
 IMPLEMENTATIONS = (
     Implementation("chunked", lambda request: None, jax.jit(chunked)),
     Implementation("xla", _too_large, jax.jit(xla)),
-    Implementation("mosaic_gpu", refuse_mosaic_gpu, jax.jit(mosaic_gpu)),
-    *(
-        Implementation(name, _not_built, _not_built)
-        for name in ("cudnn", "triton", "mosaic_tpu", "splash")
-    ),
+    Implementation("mosaic_gpu", mosaic_gpu.refuse, jax.jit(mosaic_gpu.mosaic_gpu)),
+    Implementation("mosaic_tpu", mosaic_tpu.refuse, jax.jit(mosaic_tpu.mosaic_tpu)),
+    *(Implementation(name, _not_built, _not_built) for name in ("cudnn", "triton", "splash")),
 )

@@ -49,6 +49,7 @@ class BlockList(NamedTuple):
 class Blocks(NamedTuple):
     """The lists of a call: key tiles by tile of queries, and query tiles by tile of keys."""
 
+    states: Any  # (1 or B, nq, nk), where tiles that reach into padding are not FULL
     by_q: BlockList
     by_k: BlockList
 
@@ -57,7 +58,7 @@ def blocks(request: Request, tq: int, tk: int) -> Blocks:
     """The tiles that the mask leaves; those that reach beyond either length are PARTIAL."""
     grid = Grid.of(request.sizes, tq, tk, request.q_pos, request.k_pos)
     states = inner(request.mask.tile_states(grid), request.sizes.l % tq, request.sizes.s % tk)
-    return Blocks(block_list(states), block_list(states.swapaxes(1, 2)))
+    return Blocks(states, block_list(states), block_list(states.swapaxes(1, 2)))
 
 
 def inner(states: Any, rest_q: int, rest_k: int) -> Any:

@@ -19,9 +19,10 @@ import numpy as np
 from jax import lax
 
 from jaxformer.kernels.attention import tile
-from jaxformer.kernels.attention.layout import Inputs, collect, compare, mix, rows
+from jaxformer.kernels.attention.layout import Inputs, collect, compare, mix, product_dtype
 from jaxformer.kernels.attention.operands import Block
 from jaxformer.kernels.attention.request import Request
+from jaxformer.kernels.attention.saved import Saved, as_request
 from jaxformer.kernels.attention.tiling import Tiling, tiling
 
 
@@ -30,7 +31,7 @@ def chunked(request: Request) -> tuple[jax.Array, jax.Array]:
     """Output (B, L, H, Kv) and log-sum-exp (B, H, L)."""
     rules, sizes, sums = request.rules, request.sizes, request.score_dtype
     tiles = tiling(request)
-    x = Inputs.of(request).layout(request, tiles.padded)
+    x = Inputs.of(request).layout(request, tiles.padded, product_dtype(request))
     constants = tile.Constants.of(request, tiles.padded)
     shape = (sizes.b, sizes.h, tiles.tq)
 
@@ -77,12 +78,14 @@ def _forward(request: Request) -> tuple[Any, Any]:
     return (o, lse), (request, o, lse)
 
 
-def _backward(saved: Any, cotangents: Any) -> tuple[Request]:
-    request, o, lse = saved
-    do, dlse = cotangents
-    rules, sizes, sums = request.rules, request.sizes, request.score_dtype
+def _backward(kept: Any, cotangents: Any) -> tuple[Request]:
+    request = kept[0]
+    rules, sums = request.rules, request.score_dtype
     tiles = tiling(request)
-    x, pull_layout = jax.vjp(lambda x: x.layout(request, tiles.padded), Inputs.of(request))
+    products = product_dtype(request)
+    x, pull_layout = jax.vjp(
+        lambda x: x.layout(request, tiles.padded, products), Inputs.of(request)
+    )
     constants = tile.Constants.of(request, tiles.padded)
     groups = x.k.shape[1]
 
@@ -118,28 +121,19 @@ def _backward(saved: Any, cotangents: Any) -> tuple[Request]:
         dq, *totals = _walk(tiles, row, visit, (jnp.zeros(q.shape, sums), *totals))
         return tuple(totals), (dq, delta)
 
-    dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)  # a row that sees nothing is constant
-    # sum_j p_j dp_j = dO . O, except under a nonlinear prob_mod: there delta is a pass of its own.
-    delta = 0.0 if rules.two_pass else (do.astype(sums) * o.astype(sums)).sum(-1).swapaxes(1, 2)
-    pad_rows = ((0, 0), (0, 0), (0, tiles.padded.l - sizes.l))
-    delta, lse = jnp.pad(delta - dlse, pad_rows), jnp.pad(lse, pad_rows)
-    per_row = (x.q, rows(do, tiles.padded.l, request), delta, lse)
+    saved = Saved.of(kept, cotangents, tiles.padded, products)
+    per_row = (x.q, saved.do, saved.delta, saved.lse)
     totals = (x.k, x.v, {name: operand.value for name, operand in x.aux.items()})
     totals = jax.tree.map(lambda t: jnp.zeros(t.shape, sums), totals)
     per_chunk = (*_index(tiles), *(_chunks(t, tiles.tq) for t in per_row), *tiles.tables)
     (dk, dv, daux), (dq, delta) = lax.scan(chunk, totals, per_chunk)
 
-    dsink = None
-    if x.sink is not None:
-        p = tile.probabilities(x.sink[:, None], lse)
-        dsink = -(p * _unchunk(delta, tiles.padded.l)).sum((0, 2))
+    saved = saved._replace(delta=_unchunk(delta, tiles.padded.l))
     dq = _unchunk(dq, tiles.padded.l) * rules.scale
     daux = {name: dataclasses.replace(o, value=daux[name]) for name, o in x.aux.items()}
-    d = Inputs(dq, dk * rules.scale, dv, dsink, daux)
+    d = Inputs(dq, dk * rules.scale, dv, saved.dsink(x.sink), daux)
     (d,) = pull_layout(jax.tree.map(lambda dx, x: dx.astype(x.dtype), d, x))
-    nothing = dict(mask=None, q_pos=None, k_pos=None, seed=None)
-    aux = {name: d.aux.get(name) for name in request.aux}
-    return (dataclasses.replace(request, q=d.q, k=d.k, v=d.v, sink=d.sink, aux=aux, **nothing),)
+    return (as_request(request, d),)
 
 
 chunked.defvjp(_forward, _backward)

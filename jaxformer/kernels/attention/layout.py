@@ -34,8 +34,11 @@ class Inputs:
         aux = {name: x for name, x in request.aux.items() if x.differentiable}
         return cls(request.q, request.k, request.v, request.sink, aux)
 
-    def layout(self, request: Request, padded: Sizes) -> Inputs:
-        """In kernel layout: lengths zero-padded, the heads of `head_map` picked."""
+    def layout(self, request: Request, padded: Sizes, dtype: Any) -> Inputs:
+        """In kernel layout: lengths zero-padded, the heads of `head_map` picked.
+
+        `dtype` is that of the matrix products; operands and sinks have that of scores.
+        """
         k, v = self.k, self.v
         if request.rules.head_map is not None:
             heads = np.array(request.rules.head_map)
@@ -46,19 +49,23 @@ class Inputs:
             for name, x in self.aux.items()
         }
         return Inputs(
-            rows(self.q, padded.l, request),
-            rows(k, padded.s, request),
-            rows(v, padded.s, request),
+            rows(self.q, padded.l, dtype),
+            rows(k, padded.s, dtype),
+            rows(v, padded.s, dtype),
             None if self.sink is None else self.sink.astype(sums),
             {name: x.prepare(request.sizes, padded) for name, x in aux.items()},
         )
 
 
-def rows(x_BxLxHxK: jax.Array, length: int, request: Request) -> jax.Array:
-    """(B, L, H, K) -> (B, H, length, K), in the type of the products."""
+def product_dtype(request: Request) -> Any:
+    """Of the matrix products that XLA makes."""
     # CPUs have no bfloat16 products: XLA would convert each tile anew, L / tq times.
-    cpu = jax.default_backend() == "cpu"
-    x = x_BxLxHxK.astype(request.score_dtype if cpu else x_BxLxHxK.dtype).swapaxes(1, 2)
+    return request.score_dtype if jax.default_backend() == "cpu" else request.q.dtype
+
+
+def rows(x_BxLxHxK: jax.Array, length: int, dtype: Any) -> jax.Array:
+    """(B, L, H, K) -> (B, H, length, K)."""
+    x = x_BxLxHxK.astype(dtype).swapaxes(1, 2)
     return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
 
 

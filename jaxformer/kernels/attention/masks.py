@@ -169,7 +169,7 @@ class Full(Mask):
         return FULL
 
     def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
-        return jnp.ones((1, 1, 1, 1), bool)
+        return jnp.ones_like(idx.k, bool)
 
 
 class _Band(Mask):
@@ -198,7 +198,7 @@ class _Band(Mask):
 
     def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
         low, high = self._bounds()
-        seen = jnp.ones((1, 1, 1, 1), bool)
+        seen = jnp.ones_like(idx.k, bool)
         if high is not None:
             seen = idx.k <= idx.q + high
         if low is not None:

@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxformer.kernels.attention import operands as ops
 from jaxformer.kernels.attention import tile
-from jaxformer.kernels.attention.layout import Inputs, compare, mix
+from jaxformer.kernels.attention.layout import Inputs, compare, mix, product_dtype
 from jaxformer.kernels.attention.masks import FULL
 from jaxformer.kernels.attention.operands import Block
 from jaxformer.kernels.attention.request import Request
@@ -17,7 +17,7 @@ from jaxformer.kernels.attention.request import Request
 def xla(request: Request) -> tuple[jax.Array, jax.Array]:
     """Output (B, L, H, Kv) and log-sum-exp (B, H, L); differentiable in forward mode too."""
     rules, sizes, sums = request.rules, request.sizes, request.score_dtype
-    x = Inputs.of(request).layout(request, sizes)
+    x = Inputs.of(request).layout(request, sizes, product_dtype(request))
     at = Block.whole(sizes)
     aux = ops.read(x.aux, at)
     partial = request.tile_state(range(sizes.l), range(sizes.s)) is not FULL

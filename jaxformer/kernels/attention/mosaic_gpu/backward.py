@@ -34,7 +34,7 @@ from jaxformer.kernels.attention.request import Request
 F32 = jnp.float32
 
 
-class Saved(NamedTuple):
+class Arrays(NamedTuple):
     """What the backward pass reads: padded q, k, v, dO (B, L, H, K); lse, delta (B, H, L)."""
 
     q: jax.Array
@@ -100,7 +100,7 @@ class Pull:
         outputs = self.programs[partial](place.shape, get)
         return {name: full_tile(part, place.shape) for name, part in outputs.items()}
 
-    def inputs(self, saved: Saved, visits: BlockList, shape: Any, flipped: bool) -> dict[str, Any]:
+    def inputs(self, saved: Arrays, visits: BlockList, shape: Any, flipped: bool) -> dict[str, Any]:
         """The arrays in global memory that every kernel with this program reads."""
         arrays = {name: x for name, x in saved._asdict().items() if name in ("q", "k")}
         if self.needs("dw"):
@@ -117,7 +117,7 @@ def query_pass(
     request: Request,
     config: Config,
     terms: Terms,
-    saved: Saved,
+    saved: Arrays,
     *,
     dq: bool,
     rows: tuple[str, ...] = (),
@@ -146,7 +146,7 @@ def query_pass(
     padded = terms.padded
     outputs |= {f"out.{n}": jax.ShapeDtypeStruct((b, h, padded.l), F32) for n in rows}
     outputs |= {f"out.{n}": jax.ShapeDtypeStruct((b, h, padded.l, padded.s), F32) for n in tiles}
-    scratch: dict[str, Any] = {"block_ready": device.Barriers(COMPUTE)}
+    scratch: dict[str, Any] = {"block_ready": device.Barriers(COMPUTE, len(kernel.pairs))}
     for own, streamed in (("q", "k"), ("do", "v")):
         if own in inputs:
             x = inputs[own]
@@ -204,14 +204,14 @@ class _QueryPass:
         rows, ready = pl.ds(first, ROWS), refs["block_ready"].at[wg]
         for name, _ in self.pairs:
             device.fetch(refs[name].at[b, rows, h], refs[f"{name}_block"].at[wg], ready)
-            device.wait(ready)
+        device.wait(ready)
         rings = [Ring.of(refs, f"{name}_ring") for _, name in self.pairs]
         place = Place(b, h, first, 0, self.shape)
         known = {x: self.pull.statistic(refs, x, place) for x in self.pull.statistics}
 
         def visit(t: Any, partial: bool, carry: Any) -> Any:
             dq, sums = carry
-            at = place._replace(k=work.index(t) * self.config.dq_keys)
+            at = place._replace(k=work.index(t) * self.config.dq_keys).hidden()
             keys = [ring.take(t) for ring in rings]
             own = [refs[f"{name}_block"].at[device.opaque(wg)] for name, _ in self.pairs]
             factors = dict(zip(("raw", "dw"), zip(own, keys, strict=True), strict=False))
@@ -244,7 +244,7 @@ def key_pass(
     request: Request,
     config: Config,
     terms: Terms,
-    saved: Saved,
+    saved: Arrays,
     *,
     sums: tuple[str, ...],
     rows: tuple[str, ...] = (),
@@ -271,7 +271,8 @@ def key_pass(
     outputs = {f"out.{n}": jax.ShapeDtypeStruct(shapes[n].shape, saved.k.dtype) for n in sums}
     per_key = jax.ShapeDtypeStruct((b, request.sizes.h, terms.padded.s), F32)
     outputs |= {f"out.{n}": per_key for n in rows}
-    scratch: dict[str, Any] = {"block_ready": device.Barriers(COMPUTE)}
+    resident = sum(name in inputs for name in ("k", "v"))
+    scratch: dict[str, Any] = {"block_ready": device.Barriers(COMPUTE, resident)}
     for name in ("k", "v"):
         if name in inputs or f"d{name}" in sums:
             x = getattr(saved, name)
@@ -335,7 +336,7 @@ class _KeyPass:
         resident = [name for name in ("k", "v") if name in refs]
         for name in resident:
             device.fetch(refs[name].at[b, rows, g], refs[f"{name}_block"].at[wg], ready)
-            device.wait(ready)
+        device.wait(ready)
         rings = {name: Ring.of(refs, f"{name}_ring") for name in self.streamed(refs)}
 
         def per_head(i: Any, totals: Any) -> Any:
@@ -345,7 +346,7 @@ class _KeyPass:
                 totals, sums = carry
                 step = (i - heads[0]) * work.count + t
                 queries = work.index(t) * self.config.dkv_queries
-                at = Place(b, h, queries, first, self.shape, flipped=True)
+                at = Place(b, h, queries, first, self.shape, flipped=True).hidden()
                 # On its way while the products are computed; delta would hold registers too long.
                 known = {"lse": self.pull.statistic(refs, "lse", at)}
                 taken = {name: ring.take(step) for name, ring in rings.items()}

@@ -18,17 +18,16 @@ from jax.experimental import pallas as pl
 from jaxformer.kernels.attention.blocks import BlockList, block_list, inner
 from jaxformer.kernels.attention.masks import Grid
 from jaxformer.kernels.attention.mosaic_gpu import device
-from jaxformer.kernels.attention.mosaic_gpu.backward import Pull, Saved
+from jaxformer.kernels.attention.mosaic_gpu.backward import Arrays, Pull
 from jaxformer.kernels.attention.mosaic_gpu.schedule import ROWS, HeadTables, Ring, Visits
-from jaxformer.kernels.attention.mosaic_gpu.terms import Place, Terms
-from jaxformer.kernels.attention.operands import Block, Toeplitz
+from jaxformer.kernels.attention.mosaic_gpu.terms import Place, Terms, band_tiles
 from jaxformer.kernels.attention.request import Request
 
 F32 = jnp.float32
 
 
 def band_pass(
-    request: Request, terms: Terms, saved: Saved, names: tuple[str, ...]
+    request: Request, terms: Terms, saved: Arrays, names: tuple[str, ...]
 ) -> dict[str, jax.Array]:
     """Cotangents of the named Toeplitz operands, (H, padded L + padded S - 1) each."""
     b, _, h, size = saved.q.shape
@@ -53,11 +52,13 @@ def band_pass(
         {f"out.{name}": jax.ShapeDtypeStruct((h, n, ROWS, ROWS), F32) for name in names},
         scratch, name="attention_bands", grid={"diagonal": n, "head": h}, warpgroups=2,
     )  # fmt: skip
-    return {name: _fold(out[f"out.{name}"]) for name in names}
+    band = jax.ShapeDtypeStruct((h, padded.l + padded.s - 1), F32)
+    fold = jax.linear_transpose(lambda x: band_tiles(x, (ROWS, ROWS)), band)
+    return {name: fold(out[f"out.{name}"])[0] for name in names}
 
 
 def diagonals(request: Request, nq: int, nk: int) -> BlockList:
-    """Per diagonal of 64 x 64 tiles, from the lower keys' end on, the tiles of queries on it."""
+    """Per diagonal of 64 x 64 tiles, numbered as in `bands.number`, the tiles of queries on it."""
     sizes = request.sizes
     grid = Grid.of(sizes, ROWS, ROWS, request.q_pos, request.k_pos)
     states = inner(request.mask.tile_states(grid), sizes.l % ROWS, sizes.s % ROWS)
@@ -140,16 +141,3 @@ class _BandPass:
         _, sums = device.loop(0, self.batch, per_row, (jnp.int32(0), sums))
         for name in self.names:
             refs[f"out.{name}"].at[h, diagonal][...] = sums[name]
-
-
-def _fold(tiles: jax.Array) -> jax.Array:
-    """(H, diagonals, 64, 64) -> (H, 64 (diagonals + 1) - 1): sums along the diagonals within."""
-    h, n, *_ = tiles.shape
-    at, band = Block(0, 0, ROWS, ROWS, ROWS), Toeplitz(jnp.zeros(0))
-    shape = jax.ShapeDtypeStruct((h * n, 2 * ROWS - 1), F32)
-    (sums,) = jax.linear_transpose(lambda x: band.spread(x, at), shape)(
-        tiles.reshape(1, h * n, ROWS, ROWS)
-    )
-    halves = jnp.pad(sums, ((0, 0), (0, 1))).reshape(h, n, 2, ROWS)
-    here, next_ = (jnp.pad(halves[:, :, i], ((0, 0), (i, 1 - i), (0, 0))) for i in (0, 1))
-    return (here + next_).reshape(h, -1)[:, :-1]

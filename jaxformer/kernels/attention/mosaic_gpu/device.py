@@ -159,7 +159,7 @@ def transposed(ref: Any) -> Any:
 
 
 def multiply(a: Any, b: Any, then: Callable[[], None] | None = None) -> jax.Array:
-    """A @ b in float32, both in shared memory; `then` runs while it is computed."""
+    """The product a @ b in float32, both in shared memory; `then` runs while it is computed."""
 
     def body(total: Any) -> jax.Array:
         plgpu.wgmma(total, a, b)

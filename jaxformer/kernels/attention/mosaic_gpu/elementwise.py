@@ -22,6 +22,7 @@ from jax.extend import core
 
 from jaxformer.kernels.attention.mosaic_gpu import device
 
+PRODUCTS = ("raw", "dw", "p")  # inputs that tensor cores compute
 ONE = (1, 1, 1, 1)  # the shape with which functions of a (B, H, tq, tk) tile are traced
 
 
@@ -69,21 +70,35 @@ class Program:
     def __call__(self, shape: tuple[int, int], get: Callable[[str], Part]) -> Any:
         """The outputs as `Part`s of a (rows, columns) tile, from the inputs by name.
 
-        An input is asked for where it is first needed, so that it holds registers no longer.
+        Values are computed from the outputs back, each when it is first needed, so that few are
+        held in registers; of two that are needed together, the one that waits for a product first.
         """
         names = {x: name for name, x in self.inputs.items()}
+        sources = {step.output: step for step in self.steps}
+        waiting = self._after_products()
         env: dict[int, Part] = {}
 
-        def read(x: Any) -> Part:
+        def value(x: Any) -> Part:
             if not isinstance(x, int):
                 return Part("", x.value)
-            if x not in env:
+            if x not in env and x in names:
                 env[x] = get(names[x])
+            elif x not in env:
+                inputs = sources[x].inputs
+                for y in sorted(inputs, key=lambda y: not (isinstance(y, int) and y in waiting)):
+                    value(y)
+                env[x] = _apply(sources[x], [value(y) for y in inputs], shape)
             return env[x]
 
+        return jax.tree.unflatten(self.tree, [value(x) for x in self.outputs])
+
+    def _after_products(self) -> set[int]:
+        """The variables that depend on a product of matrices."""
+        found = {x for name, x in self.inputs.items() if name in PRODUCTS}
         for step in self.steps:
-            env[step.output] = _apply(step, [read(x) for x in step.inputs], shape)
-        return jax.tree.unflatten(self.tree, [read(x) for x in self.outputs])
+            if any(isinstance(x, int) and x in found for x in step.inputs):
+                found.add(step.output)
+        return found
 
 
 def trace(fn: Callable[[dict[str, jax.Array]], Any], inputs: Mapping[str, Any]) -> Program:

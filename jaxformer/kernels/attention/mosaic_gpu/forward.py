@@ -136,15 +136,15 @@ class _Forward:
         rows = pl.ds(first, ROWS)
         device.fetch(refs["q"].at[b, rows, h], q_block, refs["q_ready"].at[wg])
         device.wait(refs["q_ready"].at[wg])
-        head = _Head(self, refs, work, rings, q_block, Place(b, h, first, 0, self.shape))
+        head = _Head(self, refs, work, rings, wg, Place(b, h, first, 0, self.shape))
         m, l = self.before(refs, h)
         o = device.full((ROWS, refs["v"].shape[-1]), 0.0, "rc")
         if self.request.rules.two_pass:
             m, l = head.walk(head.first_pass, (m, l))
             l, lse = tile.normaliser(m * self.unit, l)
-            o = head.in_turns(wg, head.second_pass(lse), o)
+            o = head.in_turns(head.second_pass(lse), o)
         else:
-            o, m, l = head.in_turns(wg, head.one_pass, (o, m, l))
+            o, m, l = head.in_turns(head.one_pass, (o, m, l))
             l, lse = tile.normaliser(m * self.unit, l)
             o = o * device.spread(1.0 / l, o.shape, "r")
         refs["lse"].at[b, h, rows][...] = lse
@@ -173,17 +173,17 @@ class _Head:
     refs: Any
     work: Visits
     rings: tuple[Ring, Ring]
-    q_block: Any
+    wg: Any
     place: Place
 
     def walk(self, visit: Any, carry: Any) -> Any:
         return self.work.walk(self.kernel.visits.kinds, visit, carry)
 
-    def in_turns(self, wg: Any, visit: Any, carry: Any) -> Any:
+    def in_turns(self, visit: Any, carry: Any) -> Any:
         """`walk` in ping-pong: each visit meets the other warpgroup twice, half a visit apart."""
-        device.when(wg == 1)(self.next_turn)
+        device.when(self.wg == 1)(self.next_turn)
         carry = self.walk(visit, carry)
-        device.when(wg == 0)(self.next_turn)
+        device.when(self.wg == 0)(self.next_turn)
         return carry
 
     def next_turn(self) -> None:
@@ -195,9 +195,10 @@ class _Head:
         """Products of the queries with the keys of visit t, the step-th in the ring."""
         k_ring = self.rings[0]
         keys = device.transposed(k_ring.take(step))
-        raw = device.multiply(self.q_block, keys, then)
+        q_block = self.refs["q_block"].at[device.opaque(self.wg)]
+        raw = device.multiply(q_block, keys, then)
         k_ring.give_back(step)
-        return raw, self.place._replace(k=self.work.index(t) * self.kernel.config.keys)
+        return raw, self.place._replace(k=self.work.index(t) * self.kernel.config.keys).hidden()
 
     def scores(self, raw: jax.Array, place: Place, partial: bool) -> jax.Array:
         kernel = self.kernel

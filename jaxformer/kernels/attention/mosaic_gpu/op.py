@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxformer.kernels.attention import tile
 from jaxformer.kernels.attention.layout import Inputs
 from jaxformer.kernels.attention.masks import SKIP, Grid
-from jaxformer.kernels.attention.mosaic_gpu.backward import Saved, key_pass, query_pass
+from jaxformer.kernels.attention.mosaic_gpu.backward import Arrays, key_pass, query_pass
 from jaxformer.kernels.attention.mosaic_gpu.bands import band_pass
 from jaxformer.kernels.attention.mosaic_gpu.elementwise import NotElementwise
 from jaxformer.kernels.attention.mosaic_gpu.forward import forward
@@ -26,6 +25,7 @@ from jaxformer.kernels.attention.mosaic_gpu.schedule import (
 from jaxformer.kernels.attention.mosaic_gpu.terms import Terms
 from jaxformer.kernels.attention.operands import Operand, Toeplitz
 from jaxformer.kernels.attention.request import Request
+from jaxformer.kernels.attention.saved import Saved, as_request
 from jaxformer.kernels.dispatch import Refusal
 
 
@@ -39,11 +39,17 @@ def refuse(request: Request) -> Refusal | None:
     if tiles is not None and (tiles[0] != BLOCK or tiles[1] not in (64, 128, 256)):
         return Refusal(f"tiles {tiles}", f"needs {BLOCK} queries and 64, 128 or 256 keys")
     try:
-        terms = Terms.of(request, config_of(request).padded(request.sizes))
-        terms.scores(partial=True), terms.weights(partial=True), terms.pull_back(partial=True)
+        jax.eval_shape(_trace, request)
     except NotElementwise as error:
         return Refusal("this mask or mod", str(error))
     return None
+
+
+def _trace(request: Request) -> None:
+    """Trace every program; raises NotElementwise."""
+    terms = Terms.of(request, config_of(request).padded(request.sizes))
+    for program in (terms.scores, terms.weights, terms.pull_back):
+        program(partial=True)
 
 
 @jax.custom_vjp
@@ -62,35 +68,30 @@ def _forward(request: Request) -> tuple[Any, Any]:
 
 
 def _backward(residuals: Any, cotangents: Any) -> tuple[Request]:
-    request, o, lse = residuals
-    do, dlse = cotangents
-    config, rules = config_of(request), request.rules
+    request, do = residuals[0], cotangents[0].astype(residuals[0].q.dtype)
+    config = config_of(request)
     terms = Terms.of(request, config.padded(request.sizes))
-    dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)  # a row that sees nothing is constant
-    delta = 0.0 if rules.two_pass else _row_products(do, o)
-    rest = (0, 0), (0, 0), (0, terms.padded.l - request.sizes.l)
-    # The LSE -inf makes the probabilities of rows beyond the length 0.
-    lse, delta = jnp.pad(lse, rest, constant_values=-jnp.inf), jnp.pad(delta - dlse, rest)
-    qkv = map(_rows, (request.q, request.k, request.v))
-    saved = Saved(*qkv, _rows(do.astype(request.q.dtype)), lse, delta)
-    if rules.two_pass:
-        delta = delta + query_pass(request, config, terms, saved, dq=False, rows=("p_dp",))["p_dp"]
-        saved = saved._replace(delta=delta)
-    d, daux = _pull(request, config, terms, saved)
-    dsink = None
-    if request.sink is not None:
-        p = tile.probabilities(request.sink.astype(lse.dtype)[:, None], lse)
-        dsink = -(p * delta).sum((0, 2)).astype(request.sink.dtype)
-    cut = {n: d[f"d{n}"][:, : x.shape[1], :, : x.shape[3]] for n, x in _qkv(request).items()}
-    nothing = dict(mask=None, q_pos=None, k_pos=None, seed=None)
-    aux = {name: daux.get(name) for name in request.aux}
-    return (dataclasses.replace(request, **cut, sink=dsink, aux=aux, **nothing),)
+    saved = Saved.of(residuals, cotangents, terms.padded, request.q.dtype)
+    x = Arrays(*map(_rows, (request.q, request.k, request.v, do)), saved.lse, saved.delta)
+    if request.rules.two_pass:
+        inner = query_pass(request, config, terms, x, dq=False, rows=("p_dp",))["p_dp"]
+        saved = saved._replace(delta=saved.delta + inner)
+        x = x._replace(delta=saved.delta)
+    d, daux = _pull(request, config, terms, x)
+    dq, dk, dv = (
+        dx[:, : like.shape[1], :, : like.shape[3]]
+        for dx, like in zip(d, (request.q, request.k, request.v), strict=True)
+    )
+    dsink = None if request.sink is None else saved.dsink(request.sink.astype(jnp.float32))
+    return (as_request(request, Inputs(dq, dk, dv, dsink, daux)),)
 
 
 mosaic_gpu.defvjp(_forward, _backward)
 
 
-def _pull(request: Request, config: Config, terms: Terms, saved: Saved) -> tuple[Any, Any]:
+def _pull(
+    request: Request, config: Config, terms: Terms, x: Arrays
+) -> tuple[tuple[jax.Array, ...], dict[str, Operand]]:
     """Cotangents of the padded q, k and v, and of the differentiable operands."""
     learned = Inputs.of(request).aux
     axes = {name: terms.axes(f"aux.{name}") for name in learned}
@@ -98,32 +99,32 @@ def _pull(request: Request, config: Config, terms: Terms, saved: Saved) -> tuple
     tiles = tuple(n for n, a in axes.items() if a == "ls" and n not in bands)
     by_q = tuple(n for n, a in axes.items() if a in ("", "l"))
     by_k = tuple(n for n, a in axes.items() if a == "s")
-    got = query_pass(request, config, terms, saved, dq=True, rows=by_q, tiles=tiles)
+    got = query_pass(request, config, terms, x, dq=True, rows=by_q, tiles=tiles)
     launches = (("dk",), ("dv",)) if config.split_dkv else (("dk", "dv"),)
     for sums in launches:
         rows = by_k if "dk" in sums else ()
-        got |= key_pass(request, config, terms, saved, sums=sums, rows=rows)
-    got |= band_pass(request, terms, saved, bands) if bands else {}
+        got |= key_pass(request, config, terms, x, sums=sums, rows=rows)
+    got |= band_pass(request, terms, x, bands) if bands else {}
     visited = _visited(request, config, terms) if tiles else None
 
     def cotangent(name: str, operand: Operand) -> Operand:
         """From sums over whole axes to the operand's own axes."""
-        x = got[name]
+        d = got[name]
         if name in bands:
-            x = x if operand.value.shape[0] > 1 else x.sum(0, keepdims=True)
+            d = d if operand.value.shape[0] > 1 else d.sum(0, keepdims=True)
         else:
-            x = x if name not in tiles else jnp.where(visited, x, 0.0)
-            x = x[:, :, None] if name in by_k else x if name in tiles else x[..., None]
+            d = d if name not in tiles else jnp.where(visited, d, 0.0)
+            d = d[:, :, None] if name in by_k else d if name in tiles else d[..., None]
             smaller = [i for i, n in enumerate(operand.value.shape) if n == 1]
-            x = x.sum(tuple(smaller), keepdims=True)
-        return dataclasses.replace(operand, value=x.astype(operand.value.dtype))
+            d = d.sum(tuple(smaller), keepdims=True)
+        return dataclasses.replace(operand, value=d.astype(operand.value.dtype))
 
     def prepare(aux: dict[str, Operand]) -> dict[str, Operand]:
         return {name: x.prepare(request.sizes, terms.padded) for name, x in aux.items()}
 
     prepared, unprepare = jax.vjp(prepare, learned)
     (daux,) = unprepare({name: cotangent(name, x) for name, x in prepared.items()})
-    return {name: got[name] for name in ("dq", "dk", "dv")}, daux
+    return (got["dq"], got["dk"], got["dv"]), daux
 
 
 def _visited(request: Request, config: Config, terms: Terms) -> jax.Array:
@@ -135,10 +136,6 @@ def _visited(request: Request, config: Config, terms: Terms) -> jax.Array:
     return jnp.pad(seen, ((0, 0), (0, l - seen.shape[1]), (0, s - seen.shape[2])))[:, None]
 
 
-def _qkv(request: Request) -> dict[str, jax.Array]:
-    return {"q": request.q, "k": request.k, "v": request.v}
-
-
 def _rows(x_BxLxHxK: jax.Array) -> jax.Array:
     """Lengths in whole swizzled rows of 8, head sizes in whole ones of 64 numbers.
 
@@ -146,9 +143,3 @@ def _rows(x_BxLxHxK: jax.Array) -> jax.Array:
     """
     _, l, _, k = x_BxLxHxK.shape
     return jnp.pad(x_BxLxHxK, ((0, 0), (0, -l % 8), (0, 0), (0, padded_size(k) - k)))
-
-
-def _row_products(x_BxLxHxK: jax.Array, y_BxLxHxK: jax.Array) -> jax.Array:
-    """(B, H, L) sums of products, float32."""
-    products = x_BxLxHxK.astype(jnp.float32) * y_BxLxHxK.astype(jnp.float32)
-    return products.sum(-1).swapaxes(1, 2)

@@ -8,20 +8,20 @@ between the tile's first query and first key.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxformer.kernels.attention import tile
+from jaxformer.kernels.attention import bands, tile
 from jaxformer.kernels.attention.array_masks import DenseMask
 from jaxformer.kernels.attention.masks import And, BlockSparse, Mask, Or, dense, positions_operand
 from jaxformer.kernels.attention.mosaic_gpu import device
 from jaxformer.kernels.attention.mosaic_gpu.elementwise import Part, Program, trace
-from jaxformer.kernels.attention.operands import Idx, Operand, PerK, PerQ, Sizes, Toeplitz
+from jaxformer.kernels.attention.operands import Block, Idx, Operand, PerK, PerQ, Sizes, Toeplitz
 from jaxformer.kernels.attention.request import Request
 
 
@@ -42,6 +42,11 @@ class Place(NamedTuple):
     def lengths(self) -> tuple[int, int]:
         """(queries, keys) of the tile."""
         return self.shape[::-1] if self.flipped else self.shape
+
+    def hidden(self) -> Place:
+        """The same place, from which nothing can be computed ahead of the loop."""
+        b, h, q, k = (device.opaque(x) for x in self[:4])
+        return self._replace(b=b, h=h, q=q, k=k)
 
     def over(self, axes: str) -> str:
         """The tile axes of score axes: "l" queries, "s" keys."""
@@ -139,7 +144,8 @@ class Terms:
     def _array(self, operand: Operand, place: Place) -> jax.Array:
         x = operand.value
         if isinstance(operand, Toeplitz):
-            return _bands(x.astype(jnp.float32), self.padded, place)
+            tiles = band_tiles(x.astype(jnp.float32), place.lengths)
+            return tiles.swapaxes(2, 3) if place.flipped else tiles
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.int8 if x.shape[2] > 1 and x.shape[3] > 1 else jnp.int32)
         if x.shape[2] == 1 or x.shape[3] == 1:
@@ -183,9 +189,10 @@ class Terms:
             place.h if ref.shape[1] > 1 else 0,
         )
         if isinstance(self.operands[name], Toeplitz):
-            step = math.gcd(*place.shape)
-            at = place.h if ref.shape[0] > 1 else 0, _band(place, self.padded, step)
-            return Part("rc", device.load(ref.at[at], "rc"))
+            i, j = (lax.div(x, jnp.int32(n)) for x, n in ((place.q, queries), (place.k, keys)))
+            window = bands.number(i, j, self.padded, queries, keys)
+            head = place.h if ref.shape[0] > 1 else 0
+            return Part("rc", device.load(ref.at[head, window], "rc"))
         if not axes:
             return Part("", ref[at])
         cuts = {"l": pl.ds(place.q, queries), "s": pl.ds(place.k, keys)}
@@ -212,16 +219,9 @@ def _tabulated(mask: Mask, request: Request) -> Mask:
     return mask
 
 
-def _band(place: Place, padded: Sizes, step: int) -> Any:
-    """Which of `_bands` a tile reads: they are `step` apart, from -padded.s + step on."""
-    return jax.lax.div(place.q - place.k + (padded.s - step), jnp.int32(step))
-
-
-def _bands(x: jax.Array, padded: Sizes, place: Place) -> jax.Array:
-    """A prepared band (H, L + S - 1) as tiles, (H, offsets, rows, columns)."""
-    step = math.gcd(*place.shape)
-    row, col = (jnp.arange(n, dtype=jnp.int32) for n in place.shape)
-    within = col - row[:, None] if place.flipped else row[:, None] - col
-    offsets = jnp.arange(step - padded.s, padded.l, step, dtype=jnp.int32)
-    at = offsets[:, None, None] + within + padded.s - 1
-    return x[:, jnp.clip(at, 0, x.shape[1] - 1)]
+def band_tiles(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """A prepared band (H, L + S - 1) as (queries, keys) tiles, (H, windows, queries, keys)."""
+    windows = bands.windows(x, *shape)
+    h, n, _ = windows.shape
+    at = Block(0, 0, *shape, shape[1])
+    return Toeplitz(x).spread(windows.reshape(h * n, -1), at).reshape(h, n, *shape)
