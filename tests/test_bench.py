@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.bench.attention import bench_attention
-from jaxformer.bench.clock import Deadline, Run, program, race
+from jaxformer.bench.clock import Deadline, Run, Timing, program, race
 from jaxformer.bench.h200 import report, run
+from jaxformer.bench.stage import Stage
 from jaxformer.bench.targets import TARGETS, judge
 from jaxformer.cli import main
 from jaxformer.errors import ConfigError
@@ -81,6 +82,30 @@ def test_figures_of_a_miniature_reach_no_target(tmp_path):
         (tmp_path / "train.json").write_text(json.dumps({"tiny": tiny, **stage}))
         (line,) = [x for x in report(tmp_path).splitlines() if x.startswith("| MFU GPT-2")]
         assert line.endswith(f"| {verdict} |")
+
+
+def test_wrong_numerics_are_named_first(tmp_path):
+    row = {"case": "causal 64", "who": "ours triton", "right": False}
+    stage = {"date": "", "devices": 1, "device": "", "versions": {}, "left_out": [], "tiny": False}
+    rows = [row, row | {"who": "ours mosaic_gpu", "right": True}, {"case": "sink", "error": "no"}]
+    (tmp_path / "numerics.json").write_text(json.dumps(stage | {"rows": rows}))
+    text = report(tmp_path)
+    assert "Right: 1 of 2 cases." in text and "Wrong: causal 64 by ours triton." in text
+
+
+def test_rows_have_their_speed_over_another(tmp_path):
+    stage = Stage("mods", tmp_path, Deadline.after(1))
+    timings = {
+        "ours triton": Timing(2.0, 1),
+        "plain triton": Timing(1.0, 1),
+        "ours mosaic_gpu": Timing(None, 0, "no"),
+        "torch flex": Timing(4.0, 1),
+    }
+    work = {"ours triton": 1.0, "plain triton": 1.0, "torch flex": 1.0, "ours mosaic_gpu": 1.0}
+    stage.add_race({"mod": "x"}, timings, against="plain", work=work.__getitem__)
+    assert [row.get("speed / plain") for row in stage.rows] == [0.5, None, None, None]
+    stage.add_race({"mod": "x"}, timings, against="torch flex", work=work.__getitem__)
+    assert [row.get("speed / torch flex") for row in stage.rows[4:]] == [2.0, 4.0, None, None]
 
 
 def test_a_race_survives_failures_and_stops_in_time():

@@ -67,6 +67,11 @@ def report(out: Path) -> str:
         lines += [f"In miniature, so that the figures mean nothing: {', '.join(tiny)}.", ""]
     rows = {name: stage["rows"] for name, stage in measured.items() if not stage["tiny"]}
     lines += ["## Targets", "", markdown_table(judge(rows)), ""]
+    if "numerics" in rows:
+        judged = [row for row in rows["numerics"] if "right" in row]
+        wrong = [f"{row['case']} by {row['who']}" for row in judged if not row["right"]]
+        lines += [f"Right: {len(judged) - len(wrong)} of {len(judged)} cases.", ""]
+        lines += [f"Wrong: {', '.join(wrong)}.", ""] if wrong else []
     for name, stage in found.items():
         lines += [f"## {name}", ""]
         if not stage:

@@ -111,8 +111,9 @@ def measure_plain(stage: Stage, direction: str) -> None:
             builds["torch sdpa"] = functools.partial(
                 torch_side.sdpa, shape.array, causal, direction
             )
-        for who, timing in race(builds, stage.deadline).items():
-            stage.add(case | {"who": who}, timing, WORK[direction] * shape.flops(mask))
+        flops = WORK[direction] * shape.flops(mask)
+        timings = race(builds, stage.deadline)
+        stage.add_race(case, timings, against="cudnn", work=lambda who, flops=flops: flops)
 
 
 def _plain_cases(tiny: bool) -> Iterator[tuple[int, int, bool]]:
@@ -264,6 +265,8 @@ def _measure_mod(
         builds[f"plain {impl}"] = functools.partial(without, impl)
     if torch_side.available() and mod.name in torch_side.MODS:
         builds["torch flex"] = functools.partial(torch_side.flex, shape.array, mod.name, direction)
-    for who, timing in race(builds, stage.deadline).items():
-        mask = mod.plain if who.startswith("plain") else mod.mask
-        stage.add(case | {"who": who}, timing, WORK[direction] * shape.flops(mask))
+
+    def work(who: str) -> float:
+        return WORK[direction] * shape.flops(mod.plain if who.startswith("plain") else mod.mask)
+
+    stage.add_race(case, race(builds, stage.deadline), against="plain", work=work)

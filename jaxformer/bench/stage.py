@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,30 @@ class Stage:
         self.rows.append(row | more)
         print(json.dumps(_clean(self.rows[-1])), flush=True)
         self.save()
+
+    def add_race(
+        self,
+        case: Mapping[str, Any],
+        timings: Mapping[str, Timing],
+        *,
+        against: str,
+        work: Callable[[str], float] = lambda who: 0.0,
+        **more: Any,
+    ) -> None:
+        """A row per contender, with its speed over that of the contender `against`.
+
+        work: its FLOPs, where they are the same kind of work: speed is then FLOP/s. A prefix such
+        as "plain" stands for the contender of the same implementation, "plain triton".
+        """
+        for who, timing in timings.items():
+            names = [against, f"{against} {who.partition(' ')[2]}"]
+            other = next((x for x in names if x in timings), "")
+            theirs = timings[other].seconds if other else None
+            ratio = {}
+            if timing.seconds and theirs and who != other:
+                times = theirs / timing.seconds
+                ratio[f"speed / {against}"] = times * (work(who) or 1.0) / (work(other) or 1.0)
+            self.add(case | {"who": who}, timing, work(who), **ratio, **more)
 
     def save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)

@@ -11,16 +11,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
+from jaxformer.kernels.target import target
 
 FOLDER = Path(__file__).parent / "tiles"
 
 
 def tuned(op: str, impl: str, length: int, **case: Any) -> list[int | None] | None:
-    """The tiles for a case on this device, of the nearest length that was measured, or None."""
+    """The tiles for a case on the device that is traced for, of the nearest length that was measured, or None."""
     entries = [
         entry
-        for entry in _entries(jax.devices()[0].device_kind)
+        for entry in _entries(target().kind)
         if entry["op"] == op
         and entry["impl"] == impl
         and all(entry.get(name) == value for name, value in case.items())
