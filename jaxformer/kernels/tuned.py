@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "tiles"
 
 
 def tuned(op: str, impl: str, length: int, **case: Any) -> list[int | None] | None:
-    """The tiles for a case on the device that is traced for, of the nearest length that was measured, or None."""
+    """The tiles for a case on the target, of the nearest length that was measured, or None."""
     entries = [
         entry
         for entry in _entries(target().kind)
