@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxformer.config import PACKAGE, load_config, papers, presets
 from jaxformer.errors import ConfigError
 
 DEFAULT = "flowformer:small"
@@ -108,7 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workdir", help="default: runs/reproduce/<paper>-<seed>")
 
     sub = verb("bench", _bench, "measure this machine: ratios within one run")
-    sub.add_argument("what", choices=("loop", "attention", "data", "checkpoint"))
+    sub.add_argument("what", choices=("loop", "attention", "data", "checkpoint", "h200"))
+    sub.add_argument("--out", help="h200: folder of the results (bench)")
+    sub.add_argument("--stage", help="h200: numerics, peak, forward, ... (all)")
+    sub.add_argument("--minutes", type=float, help="h200: time limit of a stage (7)")
+    sub.add_argument("--tiny", action="store_true", help="h200: in miniature, on any machine")
     return parser
 
 
@@ -131,6 +134,8 @@ def _overrides(rest: Sequence[str]) -> dict[str, str]:
 
 
 def _list(options: argparse.Namespace, _: Any) -> None:
+    from jaxformer.config import PACKAGE, papers, presets
+
     rows = []
     for slug in papers():
         text = (PACKAGE / "papers" / slug / "__init__.py").read_text()
@@ -150,6 +155,8 @@ def _list(options: argparse.Namespace, _: Any) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from jaxformer.config import load_config
+
     config = load_config(options.config, overrides)
     workdir = Path(options.workdir or f"runs/{_label(options.config)}")
     from jaxformer.analyze.summary import parameter_count
@@ -204,6 +211,8 @@ def _label(spec: str) -> str:
 
 
 def _show(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from jaxformer.config import load_config
+
     config = load_config(options.config, overrides)
     from jaxformer.analyze.summary import describe
     from jaxformer.catalogue import build
@@ -227,6 +236,9 @@ def _recipe_of_run(workdir: str, step: int | None = None) -> Any:
 
 
 def _plan(options: argparse.Namespace, overrides: Any) -> int:
+    from jaxformer.config import load_config
+
+    load_config(options.config, overrides)  # mistakes show before jax is imported
     from jaxformer.analyze.plan import plan
     from jaxformer.catalogue import build
 
@@ -280,6 +292,8 @@ def _sample(options: argparse.Namespace, _: Any) -> None:
 
 
 def _reproduce(options: argparse.Namespace, _: Any) -> int:
+    from jaxformer.config import papers
+
     chosen = papers() if options.paper == "all" else [options.paper]
     from jaxformer.catalogue import paper_module, reproduce
 
@@ -297,10 +311,19 @@ def _reproduce(options: argparse.Namespace, _: Any) -> int:
 
 
 def _bench(options: argparse.Namespace, _: Any) -> None:
+    given = {"stage": options.stage, "minutes": options.minutes, "tiny": options.tiny}
+    given = {name: value for name, value in given.items() if value}
+    if options.what == "h200":
+        from jaxformer.bench.h200 import run
+
+        print(run(Path(options.out or "bench"), **given))
+        return
+    if given or options.out:
+        raise ConfigError(f"bench {options.what}: --{next(iter(given), 'out')} is for bench h200")
     from jaxformer.evaluation.report import text_table
 
     if options.what == "attention":
-        from jaxformer.kernels.bench import bench_attention as bench
+        from jaxformer.bench.attention import bench_attention as bench
     elif options.what == "data":
         from jaxformer.data.bench import bench_data as bench
     elif options.what == "loop":

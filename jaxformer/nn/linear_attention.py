@@ -104,7 +104,7 @@ class LinearAttention(LinearMixer):
     """
 
     def causal(self, q: jax.Array, k: jax.Array, v: jax.Array, *, decode: bool) -> jax.Array:
-        q, k, v = _feature(q), _feature(k), v.astype(jnp.float32)
+        q, k = _feature(q), _feature(k)
         y, total = linear_attention(q, k, v, causal=True), causal_sum(k)
         if decode:
             before_k, before_kv = self._read_on(k, v)
@@ -120,9 +120,9 @@ class LinearAttention(LinearMixer):
         valid_BxL: jax.Array | None,
         valid_BxS: jax.Array | None,
     ) -> jax.Array:
-        q, k, v = _feature(q), _feature(k), v.astype(jnp.float32)
+        q, k = _feature(q), _feature(k)
         k = k if valid_BxS is None else k * valid_BxS[..., None, None]
-        return _normalise(linear_attention(q, k, v, causal=False), q, k.sum(1, keepdims=True))
+        return _normalise(linear_attention(q, k, v, causal=False), q, _sum(k))
 
     def _read_on(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The sums over all positions before these, which are added to them."""
@@ -132,13 +132,18 @@ class LinearAttention(LinearMixer):
         state = self.variable("cache", "kv", jnp.zeros, (batch, heads, head_size, v.shape[-1]))
         before = total.value, state.value
         if not self.is_initializing():
-            total.value = before[0] + k.sum(1, keepdims=True)
+            total.value = before[0] + _sum(k)
             state.value = before[1] + key_value_state(k, v)
         return before
 
 
 def _feature(x: jax.Array) -> jax.Array:
-    return jax.nn.elu(x.astype(jnp.float32)) + 1
+    """In the type of x, which is that of the products; sums are float32."""
+    return (jax.nn.elu(x.astype(jnp.float32)) + 1).astype(x.dtype)
+
+
+def _sum(k_BxSxHxK: jax.Array) -> jax.Array:
+    return k_BxSxHxK.sum(1, keepdims=True, dtype=jnp.float32)
 
 
 def _normalise(y: jax.Array, q: jax.Array, total: jax.Array) -> jax.Array:

@@ -73,13 +73,14 @@ def compile_for(target, function, *args, dump=None):
         ),
         args,
     )
-    options = {}
+    # The tests' own flags, which spare the compiler, would spill registers.
+    options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
     if dump is not None and target in GPUS:
         options["xla_dump_to"] = str(dump)
         for name, value in (("PTXAS", "1"), ("TO", str(dump))):
             os.environ[f"MOSAIC_GPU_DUMP_{name}"] = value
     program = jax.jit(function).lower(*args).compile(compiler_options=options)
-    return Compiled(program, _resources(dump, GPUS[target]) if options else {})
+    return Compiled(program, _resources(dump, GPUS[target]) if "xla_dump_to" in options else {})
 
 
 def _resources(dump, arch):

@@ -10,7 +10,7 @@ import math
 
 import jax
 
-from jaxformer.kernels.attention import counted, cudnn, mosaic_tpu, splash, triton
+from jaxformer.kernels.attention import counted, cudnn, mosaic_gpu, mosaic_tpu, splash, triton
 from jaxformer.kernels.attention.chunked import chunked
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.xla import xla
@@ -33,10 +33,6 @@ def _too_large(request: Request) -> Refusal | None:
     return Refusal("this length", why)
 
 
-def _not_built(request: Request) -> Refusal:
-    return Refusal("any call", "it is not built yet")
-
-
 IMPLEMENTATIONS = (
     Implementation("chunked", lambda request: None, jax.jit(chunked)),
     Implementation("xla", _too_large, jax.jit(xla)),
@@ -45,7 +41,7 @@ IMPLEMENTATIONS = (
     Implementation("counted", counted.refuse, counted.counted),
     Implementation("mosaic_tpu", mosaic_tpu.refuse, jax.jit(mosaic_tpu.mosaic_tpu)),
     Implementation("triton", triton.refuse, jax.jit(triton.triton)),
-    *(Implementation(name, _not_built, _not_built) for name in ("mosaic_gpu",)),
+    Implementation("mosaic_gpu", mosaic_gpu.refuse, jax.jit(mosaic_gpu.mosaic_gpu)),
 )
 
 # In the order they are tried where scores are many; `chunked` does every call everywhere.

@@ -3,16 +3,53 @@
 Axes: B batch, L length of the queries, S of the keys, H heads, K feature size, N value size. What
 normalises the sums (Katharopoulos et al., arXiv:2006.16236) or scales q, k and v (flow attention)
 is the caller's: a denominator is `q . causal_sum(k)`, or the output for a column of ones in v.
-Padding is k = 0. Sums are float32 (float64 for float64 inputs) and are returned as such.
+Padding is k = 0. Sums are float32 (float64 for float64 inputs) and are returned as such; products
+of float32 follow `jax.default_matmul_precision`, as everywhere in JAX.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from jaxformer.kernels.dispatch import Implementation, KernelUnsupported, Plan, Refusal, choose
+from jaxformer.kernels.linear_attention import mosaic_gpu, mosaic_tpu, triton
+from jaxformer.kernels.linear_attention.chunked import chunked
+from jaxformer.kernels.linear_attention.shards import over_mesh
+from jaxformer.kernels.linear_attention.sums import (
+    Primitives,
+    Tiles,
+    bidirectional,
+    causal,
+    sum_type,
+)
+from jaxformer.kernels.target import target
+from jaxformer.kernels.tuned import tuned
+
+log = logging.getLogger(__name__)
+
+LARGEST = 256  # features of a kernel: its state is a matrix of features squared
+KERNELS = {"gpu": ("triton",), "tpu": ("mosaic_tpu",)}  # Hopper has one more
+SHORT = 64  # positions that are one chunk of any kernel
+
+
+class LinearAttentionUnsupported(KernelUnsupported):
+    """A linear attention implementation was asked for something that it cannot do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A checked call."""
+
+    q: Any
+    k: Any
+    v: Any
+    causal: bool
+    tiles: Tiles | None
 
 
 def linear_attention(
@@ -21,23 +58,61 @@ def linear_attention(
     v_BxSxHxN: jax.Array,
     *,
     causal: bool,
-    chunk: int = 128,
+    impl: str = "auto",
+    tiles: Tiles | None = None,
 ) -> jax.Array:
     """sum_j (q_i . k_j) v_j over all j, or over j <= i when `causal`: (B, L, H, N).
 
-    chunk: positions that one step of the causal scan takes; memory is linear in L for any.
+    impl: an implementation by name, never replaced by another; "auto" chooses, `explain` says why.
+    tiles: the implementation chooses when absent; memory is linear in L for any.
+
+    Raises ValueError on shapes that do not fit, LinearAttentionUnsupported where `impl` cannot.
     """
-    q, k, v = q_BxLxHxK, k_BxSxHxK, v_BxSxHxN
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    if not (q.ndim == k.ndim == v.ndim == 4 and k.shape[:3] == v.shape[:3]):
-        raise ValueError(f"linear_attention: needs (batch, length, heads, size) arrays: {shapes}")
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(f"linear_attention: batch, heads or feature size differ: {shapes}")
-    if not causal:
-        return jnp.einsum("blhk,bhkn->blhn", _sums(q), key_value_state(k, v))
-    if q.shape[1] != k.shape[1] or chunk < 1:
-        raise ValueError(f"linear_attention: causal needs L = S and chunk >= 1: {shapes}, {chunk}")
-    return _causal(_sums(q), _sums(k), _sums(v), min(chunk, q.shape[1]))
+    request = _request(q_BxLxHxK, k_BxSxHxK, v_BxSxHxN, causal=causal, tiles=tiles)
+    chosen, why = _choose(request, impl)
+    if log.isEnabledFor(logging.INFO):
+        kind = "causal" if causal else "bidirectional"
+        plan = _plan(request, chosen.name, why)
+        log.info("%s linear attention of %s: %s", kind, request.q.shape, plan)
+    return chosen.run(request)
+
+
+def plan(
+    q_BxLxHxK: jax.typing.ArrayLike,
+    k_BxSxHxK: jax.typing.ArrayLike,
+    v_BxSxHxN: jax.typing.ArrayLike,
+    *,
+    causal: bool,
+    impl: str = "auto",
+    tiles: Tiles | None = None,
+) -> Plan:
+    """What `linear_attention` would run for the same arguments, and the cost of its forward pass.
+
+    `flops` counts the products with the states, and within chunks the scores that are used.
+    """
+    request = _request(q_BxLxHxK, k_BxSxHxK, v_BxSxHxN, causal=causal, tiles=tiles)
+    chosen, why = _choose(request, impl)
+    return _plan(request, chosen.name, why)
+
+
+def _plan(request: Request, impl: str, why: str) -> Plan:
+    (b, l, h, size), (s, n) = request.q.shape, (request.k.shape[1], request.v.shape[-1])
+    used = _tiles(impl, request)
+    multiplied = b * h * (l + s) * size * n
+    if request.causal:
+        multiplied += b * h * l * (min(used.chunk, l) + 1) // 2 * (size + n)
+    reads = 1
+    if request.causal and used.segments > 1:
+        multiplied += b * h * s * size * n
+        reads, why = 2, f"{used.segments} segments; {why}"
+    item, out = request.q.dtype.itemsize, sum_type(request.q).itemsize
+    moved = b * h * (item * (l * size + reads * s * (size + n)) + out * l * n)
+    return Plan(impl, (used.chunk, used.columns or n), 2 * multiplied, moved, why)
+
+
+def explain(*arrays: jax.typing.ArrayLike, **call: Any) -> str:
+    """`plan` in one line."""
+    return str(plan(*arrays, **call))
 
 
 def key_value_state(k_BxSxHxK: jax.Array, v_BxSxHxN: jax.Array) -> jax.Array:
@@ -59,51 +134,129 @@ def causal_sum(x: jax.Array, axis: int = 1) -> jax.Array:
 
 
 def _sums(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(sum_type(x))
 
 
-def chunk_step(
-    state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """A chunk (..., C, K), (..., C, N) after the `state` (..., K, N): (new state, output)."""
-    c = q.shape[-2]
-    seen = lax.broadcasted_iota(jnp.int32, (c, c), 0) >= lax.broadcasted_iota(jnp.int32, (c, c), 1)
-    scores = jnp.where(seen, q @ k.swapaxes(-1, -2), 0.0)
-    return state + k.swapaxes(-1, -2) @ v, scores @ v + q @ state
+# ----------------------------------------------------------------------------- the request
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _causal(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> jax.Array:
-    b, l, h, _ = q.shape
-    n = -(-l // chunk)
-
-    def chunks(x: jax.Array) -> jax.Array:  # (B, L, H, K) -> (chunks, B, H, C, K)
-        x = jnp.pad(x, ((0, 0), (0, n * chunk - l), (0, 0), (0, 0)))
-        return x.reshape(b, n, chunk, h, -1).transpose(1, 0, 3, 2, 4)
-
-    state = jnp.zeros((b, h, k.shape[-1], v.shape[-1]), v.dtype)
-    _, o = lax.scan(lambda s, x: chunk_step(s, *x), state, tuple(map(chunks, (q, k, v))))
-    return o.transpose(1, 0, 3, 2, 4).reshape(b, n * chunk, h, -1)[:, :l]
-
-
-def _causal_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, chunk: int
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _causal(q, k, v, chunk), (q, k, v)
+def _request(q: Any, k: Any, v: Any, *, causal: bool, tiles: Tiles | None) -> Request:
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if not (len(q.shape) == len(k.shape) == len(v.shape) == 4 and k.shape[:3] == v.shape[:3]):
+        raise ValueError(f"linear_attention: needs (batch, length, heads, size) arrays: {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+        raise ValueError(f"linear_attention: batch, heads or feature size differ: {shapes}")
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        raise ValueError(f"linear_attention: every axis needs an element: {shapes}")
+    if causal and q.shape[1] != k.shape[1]:
+        raise ValueError(f"linear_attention: causal needs L = S: {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"linear_attention: types differ: {q.dtype}, {k.dtype}, {v.dtype}")
+    if tiles is not None and min(x for x in tiles if x is not None) < 1:
+        raise ValueError(f"tiles: needs positive sizes, got {tiles}")
+    return Request(q, k, v, causal, tiles)
 
 
-def _causal_backward(
-    chunk: int, saved: tuple[jax.Array, ...], do: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients are the same sums with the parts exchanged, from the end for k and v.
-
-    dq_i = sum_{j<=i} (do_i . v_j) k_j, dk_j = sum_{i>=j} (v_j . do_i) q_i, dv_j = sum_{i>=j}
-    (k_j . q_i) do_i. Saving q, k, v alone keeps memory linear: no state of any chunk is stored.
-    """
-    q, k, v = saved
-    dq = _causal(do, v, k, chunk)
-    q, k, v, do = (x[:, ::-1] for x in (q, k, v, do))
-    return dq, _causal(v, do, q, chunk)[:, ::-1], _causal(k, q, do, chunk)[:, ::-1]
+# ----------------------------------------------------------------------------- the choice
 
 
-_causal.defvjp(_causal_forward, _causal_backward)
+def _choose(request: Request, impl: str) -> tuple[Implementation, str]:
+    why = "asked for"
+    if impl == "auto":
+        impl, why = _auto(request)
+    return choose(IMPLEMENTATIONS, request, impl, LinearAttentionUnsupported), why
+
+
+def _auto(request: Request) -> tuple[str, str]:
+    where = target()
+    names = ("mosaic_gpu", "triton") if where.hopper else KERNELS.get(where.platform, ())
+    if names and request.q.shape[1] <= SHORT and request.causal:
+        return "chunked", f"L <= {SHORT} is one chunk"
+    refused = []
+    for implementation in IMPLEMENTATIONS:
+        if implementation.name in names:
+            refusal = implementation.refuse(request)
+            if refusal is None:
+                return implementation.name, "; ".join([f"the kernel for {where}", *refused])
+            refused.append(f"{implementation.name}: not {refusal.feature}, {refusal.why}")
+    return "chunked", "; ".join(refused) or f"no kernel for {where}"
+
+
+def _tiles(impl: str, request: Request) -> Tiles:
+    if request.tiles is not None:
+        return request.tiles
+    b, l, h, _ = request.q.shape
+    l = max(l, request.k.shape[1])
+    measured = tuned("linear_attention", impl, l, head_size=_size(request), causal=request.causal)
+    if measured is not None and request.q.dtype == jnp.bfloat16:
+        return Tiles(*measured)
+    if impl == "mosaic_tpu":
+        return mosaic_tpu.tiles_of(l)
+    if impl == "mosaic_gpu":
+        return mosaic_gpu.tiles_of(b, l, h, _size(request))
+    if impl == "triton":
+        return triton.tiles_of(b, l, h, _size(request), request.q.dtype)
+    return Tiles(min(128, l))
+
+
+def _size(request: Request) -> int:
+    return max(request.q.shape[-1], request.v.shape[-1])
+
+
+def _kernel_refuses(request: Request, largest: int = LARGEST) -> Refusal | None:
+    dtype, size = request.q.dtype, _size(request)
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return Refusal(f"type {dtype}", "allowed are bfloat16 and float32")
+    if size > largest:
+        return Refusal(f"head size {size}", f"the largest is {largest} in {dtype}")
+    return None
+
+
+def _tpu_refuses(request: Request) -> Refusal | None:
+    tiles = _tiles("mosaic_tpu", request)
+    if tiles.chunk % 16 or tiles.segments > 1 or tiles.columns is not None:
+        return Refusal(f"{tiles}", "it takes chunks of a multiple of 16, whole values, one segment")
+    return _kernel_refuses(request)
+
+
+def _hopper_refuses(request: Request) -> Refusal | None:
+    tiles = _tiles("mosaic_gpu", request)
+    if tiles.chunk != mosaic_gpu.CHUNK or tiles.columns not in (None, mosaic_gpu.COLUMNS):
+        return Refusal(f"{tiles}", "its chunks and columns are the 64 rows of the tensor cores")
+    if request.q.dtype != jnp.bfloat16:
+        return Refusal(f"type {request.q.dtype}", "its tensor core products are of bfloat16")
+    return _kernel_refuses(request)
+
+
+def _triton_refuses(request: Request) -> Refusal | None:
+    tiles = _tiles("triton", request)
+    for name, size in (("chunk", tiles.chunk), ("columns", tiles.columns or 16)):
+        if size < 16 or size & (size - 1):
+            return Refusal(f"{name}={size}", "it takes powers of two from 16 on")
+    return _kernel_refuses(request, triton.largest(request.q.dtype))
+
+
+def _run_chunked(request: Request) -> jax.Array:
+    tiles = _tiles("chunked", request)
+    return chunked(request.q, request.k, request.v, is_causal=request.causal, tiles=tiles)
+
+
+def _run(name: str, kernels: Primitives) -> Any:
+    def run(request: Request) -> jax.Array:
+        attend = causal if request.causal else bidirectional
+
+        def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            part = dataclasses.replace(request, q=q, k=k, v=v)  # whose tiles may be others
+            return attend(kernels, _tiles(name, part), q, k, v)
+
+        return over_mesh(local, request.q, request.k, request.v)
+
+    return run
+
+
+IMPLEMENTATIONS = (
+    Implementation("chunked", lambda request: None, _run_chunked),
+    Implementation("mosaic_gpu", _hopper_refuses, _run("mosaic_gpu", mosaic_gpu.MosaicGPU())),
+    Implementation("triton", _triton_refuses, _run("triton", triton.Triton())),
+    Implementation("mosaic_tpu", _tpu_refuses, _run("mosaic_tpu", mosaic_tpu.MosaicTPU())),
+)

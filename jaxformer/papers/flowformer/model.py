@@ -77,6 +77,7 @@ def attend(
     `q`, `k` are features, already non-negative. Padded sinks and sources carry nothing: sums run
     over the valid ones, whose numbers n and m are counted. A row without valid sources gives 0.
     """
+    dtype = v_BxSxHxK.dtype  # of the products of the sum itself; all else is float32
     q, k, v = (x.astype(jnp.float32) for x in (q_BxLxHxK, k_BxSxHxK, v_BxSxHxK))
     valid_BxL = jnp.ones(q.shape[:2], bool) if valid_BxL is None else valid_BxL
     valid_BxS = jnp.ones(k.shape[:2], bool) if valid_BxS is None else valid_BxS
@@ -87,7 +88,8 @@ def attend(
         source = flow.source_BxSxH if clamp is None else flow.source_BxSxH.clip(-clamp, clamp)
         share = jax.nn.softmax(source, 1, where=valid_BxS[..., None])
         v = v * (m * share)[..., None]
-    r = linear_attention(q / flow.incoming_BxLxH[..., None], k, v, causal=False)
+    products = (x.astype(dtype) for x in (q / flow.incoming_BxLxH[..., None], k, v))
+    r = linear_attention(*products, causal=False)
     if allocate:
         r = r * jax.nn.sigmoid(flow.sink_BxLxH * n / jnp.maximum(m, 1))[..., None]
     return r
@@ -109,6 +111,7 @@ def attend_causally(
     Every sum is a prefix sum that starts from `state`, so the same lines train, read a prompt and
     decode one token. Source t is scored by the prefix up to t and keeps that score.
     """
+    dtype = v_BxLxHxK.dtype  # of the products of the sum itself; all else is float32
     q, k, v = (x.astype(jnp.float32) for x in (q_BxLxHxK, k_BxLxHxK, v_BxLxHxK))
     batch, length, heads, head_size = q.shape
     if k.shape[1] != length:
@@ -131,7 +134,7 @@ def attend_causally(
     if compete:
         v = v * (count_BxLx1 * jnp.exp(source - total))[..., None]
     scaled = q / incoming[..., None]
-    r = linear_attention(scaled, k, v, causal=True)
+    r = linear_attention(*(x.astype(dtype) for x in (scaled, k, v)), causal=True)
     if state is not None:
         r = r + jnp.einsum("BLHK,BHKN->BLHN", scaled, before.kv)
     if allocate:

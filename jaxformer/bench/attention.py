@@ -1,18 +1,16 @@
-"""Speed of the kernels: `jaxformer bench attention`."""
+"""`jaxformer bench attention`: this op beside `jax.nn`, and what it would run."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxformer.bench.clock import Deadline, Timing, program, race
 from jaxformer.kernels.attention import Causal, attention, plan
-
-__all__ = ["bench_attention"]
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -29,7 +27,7 @@ def bench_attention(
 
     Random data; float32 on a CPU, bfloat16 elsewhere. The two take turns in one process, so that
     the ratios ("speedup" and "memory saving", above 1 where ours is better) survive a machine that
-    other programs use too; the times do not.
+    other programs use too; the times do not. The plan is that of the forward pass.
     """
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     contenders: dict[str, Attend] = {
@@ -40,32 +38,40 @@ def bench_attention(
     for length in lengths:
         keys = jax.random.split(jax.random.key(length), 3)
         arrays = [jax.random.normal(key, (batch, length, heads, head_size), dtype) for key in keys]
-        impl = plan(*arrays, mask=Causal()).impl
+        planned = plan(*arrays, mask=Causal())
         for name, build in (("forward", _output), ("forward + backward", _gradients)):
-            programs = {
-                who: jax.jit(build(attend)).lower(*arrays).compile()
+            builds = {
+                who: functools.partial(program, build(attend), *arrays)
                 for who, attend in contenders.items()
             }
-            times = _median_times(programs, arrays, runs)
-            memory = {
-                who: program.memory_analysis().temp_size_in_bytes / 2**20
-                for who, program in programs.items()
-            }
-            ours, theirs = contenders
+            ours, theirs = race(builds, Deadline.after(60, runs)).values()
             rows.append(
                 {
                     "L": length,
                     "pass": name,
-                    "implementation": impl,
-                    "ms": times[ours] * 1e3,
-                    "jax.nn ms": times[theirs] * 1e3,
-                    "speedup": times[theirs] / times[ours],
-                    "temporary MiB": memory[ours],
-                    "jax.nn temporary MiB": memory[theirs],
-                    "memory saving": memory[theirs] / max(memory[ours], 2**-20),
+                    "implementation": planned.impl,
+                    "tiles": "x".join(map(str, planned.tiles or ("-",))),
+                    **_compare(ours, theirs),
+                    "GFLOP": planned.flops / 1e9,
+                    "moved MiB": planned.hbm_bytes / 2**20,
+                    "why": planned.why,
                 }
             )
     return rows
+
+
+def _compare(ours: Timing, theirs: Timing) -> dict[str, Any]:
+    if ours.seconds is None or theirs.seconds is None:
+        return {"error": ours.error or theirs.error}
+    memory, their_memory = ((x.temporary or 0) / 2**20 for x in (ours, theirs))
+    return {
+        "ms": ours.seconds * 1e3,
+        "jax.nn ms": theirs.seconds * 1e3,
+        "speedup": theirs.seconds / ours.seconds,
+        "temporary MiB": memory,
+        "jax.nn temporary MiB": their_memory,
+        "memory saving": their_memory / max(memory, 2**-20),
+    }
 
 
 def _output(attend: Attend) -> Callable[..., Any]:
@@ -74,17 +80,3 @@ def _output(attend: Attend) -> Callable[..., Any]:
 
 def _gradients(attend: Attend) -> Callable[..., Any]:
     return jax.grad(lambda *x: jnp.square(attend(*x).astype(jnp.float32)).sum(), (0, 1, 2))
-
-
-def _median_times(
-    programs: Mapping[str, Callable[..., Any]], arrays: Sequence[jax.Array], runs: int
-) -> dict[str, float]:
-    """Seconds of one run of each program, in turns, after one run to warm up."""
-    times: dict[str, list[float]] = {who: [] for who in programs}
-    for turn in range(runs + 1):
-        for who, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(*arrays))
-            if turn:
-                times[who].append(time.perf_counter() - start)
-    return {who: statistics.median(seconds) for who, seconds in times.items()}
