@@ -14,6 +14,7 @@ from jaxformer.kernels.attention import (
     Window,
     api,
     attention,
+    choice,
     ste_round,
 )
 from jaxformer.kernels.attention.blocks import blocks
@@ -30,7 +31,7 @@ from tests.kernels.test_attention import CASES, run
 def simulator(monkeypatch):
     """Within, impl="simulated" runs the kernels eagerly, in the caller's float32."""
     kernels = Implementation("simulated", lambda request: None, mosaic_gpu)
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", (*api.IMPLEMENTATIONS, kernels))
+    monkeypatch.setattr(choice, "IMPLEMENTATIONS", (*choice.IMPLEMENTATIONS, kernels))
     with simulated() as simulator, jax.disable_jit():
         yield simulator
 
