@@ -230,7 +230,7 @@ def test_what_is_not_elementwise_is_refused(fn, message):
     [
         (dict(dtype=jnp.float32), "float32 inputs"),
         (dict(size=512), "head size 512"),
-        (dict(tiles=(64, 64)), r"tiles \(64, 64\).*128 queries"),
+        (dict(tiles=(64, 64)), r"tiles \(64, 64\).*one of \(\(128, 64\), \(128, 128\)\)"),
         (dict(score_mod=lambda s, i, a: jax.lax.lgamma(s)), "lgamma"),
     ],
 )

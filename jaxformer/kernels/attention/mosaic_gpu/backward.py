@@ -53,11 +53,15 @@ class Pull:
     terms: Terms
     programs: dict[bool, Program]  # by partial; outputs are a dict by name
 
+    ahead: bool  # load delta while dO v^T is computed: hides the latency, holds 16 registers
+
     @classmethod
-    def of(cls, request: Request, terms: Terms, visits: BlockList, wanted: Any) -> Pull:
+    def of(
+        cls, request: Request, terms: Terms, visits: BlockList, wanted: Any, ahead: bool = True
+    ) -> Pull:
         """`wanted(tile.Pulled)` is the dict of outputs."""
         programs = {x: terms.pull_back(partial=x).select(wanted) for x in visits.kinds}
-        return cls(request, terms, programs)
+        return cls(request, terms, programs, ahead)
 
     def needs(self, name: str) -> bool:
         """Whether a product or a statistic is read at all."""
@@ -83,19 +87,21 @@ class Pull:
     ) -> dict[str, jax.Array]:
         """The wanted tiles, from the factors in shared memory of "raw" and, where needed, "dw".
 
-        Products and statistics are computed and loaded where they are first needed, except what is
-        `known`: a tile in waiting holds 32 registers of each thread.
+        Products are computed where they are first needed: a tile in waiting holds 32 registers.
         """
+        known = dict(known)
         read = self.terms.reader(refs, place, known)
 
         def get(name: str) -> Part:
-            if name in factors:
-                a, b = factors[name]
-                product = device.multiply(a, device.transposed(b))
-                scale = self.request.rules.scale if name == "raw" else 1.0
-                return Part("rc", product * scale)
-            late = name in ("lse", "delta") and name not in known
-            return self.statistic(refs, name, place) if late else read(name)
+            if name in self.statistics and name not in known:
+                known[name] = self.statistic(refs, name, place)
+            if name not in factors:
+                return read(name)
+            if name == "dw" and self.ahead and "delta" in self.statistics:
+                get("delta")
+            a, b = factors[name]
+            product = device.multiply(a, device.transposed(b))
+            return Part("rc", product * (self.request.rules.scale if name == "raw" else 1.0))
 
         outputs = self.programs[partial](place.shape, get)
         return {name: full_tile(part, place.shape) for name, part in outputs.items()}
@@ -261,7 +267,7 @@ def key_pass(
         outputs = {"dk": pulled.raw, "dv": pulled.w, **pulled.parts}
         return {name: outputs[name] for name in (*sums, *rows)}
 
-    pull = Pull.of(request, terms, visits, wanted)
+    pull = Pull.of(request, terms, visits, wanted, ahead=not config.split_dkv)
     kernel = _KeyPass(pull, config, visits, sums, rows)
     inputs = pull.inputs(saved, visits, kernel.shape, flipped=True)
     inputs |= {} if "do" in inputs else {"do": saved.do} if "dv" in sums else {}
@@ -347,7 +353,7 @@ class _KeyPass:
                 step = (i - heads[0]) * work.count + t
                 queries = work.index(t) * self.config.dkv_queries
                 at = Place(b, h, queries, first, self.shape, flipped=True).hidden()
-                # On its way while the products are computed; delta would hold registers too long.
+                # On its way while the product is computed.
                 known = {"lse": self.pull.statistic(refs, "lse", at)}
                 taken = {name: ring.take(step) for name, ring in rings.items()}
                 own = [refs[f"{name}_block"].at[device.opaque(wg)] for name in resident]

@@ -94,12 +94,10 @@ class _BandPass:
 
         @device.when(warpgroup == 0)
         def _() -> None:
-            device.registers(240, more=True)
             self.compute(refs, work, first, h, diagonal)
 
         @device.when(warpgroup == 1)
         def _() -> None:
-            device.registers(24, more=False)
             g = refs["key_head"][h]
 
             def per_row(b: Any, step: Any) -> Any:

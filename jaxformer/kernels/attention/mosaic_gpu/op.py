@@ -18,6 +18,7 @@ from jaxformer.kernels.attention.mosaic_gpu.schedule import (
     BLOCK,
     CONFIGS,
     Config,
+    allowed_tiles,
     config_of,
     head_size,
     padded_size,
@@ -40,8 +41,11 @@ def refuse(request: Request) -> Refusal | None:
     if head_size(request) not in CONFIGS:
         return Refusal(f"head size {head_size(request)}", f"at most {max(CONFIGS)}")
     tiles = request.rules.tiles
-    if tiles is not None and (tiles[0] != BLOCK or tiles[1] not in (64, 128, 256)):
-        return Refusal(f"tiles {tiles}", f"needs {BLOCK} queries and 64, 128 or 256 keys")
+    if tiles is not None and tiles not in allowed_tiles(request):
+        return Refusal(
+            f"tiles {tiles}",
+            f"head size {head_size(request)} can have one of {allowed_tiles(request)}",
+        )
     try:
         jax.eval_shape(_trace, request)
     except NotElementwise as error:

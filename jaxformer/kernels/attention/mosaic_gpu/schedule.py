@@ -63,7 +63,15 @@ def config_of(request: Request) -> Config:
     config = CONFIGS[size]
     if rules.score_mod or rules.prob_mod or rules.dropout_rate:
         config = config._replace(dq_keys=64, split_dkv=size > 64)  # mods need registers, too
-    return config if request.rules.tiles is None else config._replace(keys=request.rules.tiles[1])
+    if rules.tiles is not None:
+        keys = rules.tiles[1]
+        config = config._replace(keys=keys, stages=config.stages * config.keys // keys)
+    return config
+
+
+def allowed_tiles(request: Request) -> tuple[tuple[int, int], ...]:
+    """What `tiles` may be: wider ones than the default need more registers than there are."""
+    return tuple((BLOCK, keys) for keys in (64, 128) if keys <= CONFIGS[head_size(request)].keys)
 
 
 # ------------------------------------------------------------------------------- visits
