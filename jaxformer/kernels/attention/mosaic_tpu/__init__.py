@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxformer.kernels.attention.layout import Inputs
 from jaxformer.kernels.attention.masks import SKIP
 from jaxformer.kernels.attention.mosaic_tpu.backward import by_keys, by_queries, by_tiles
-from jaxformer.kernels.attention.mosaic_tpu.call import Call, padded_sizes, tile_sizes
+from jaxformer.kernels.attention.mosaic_tpu.call import LANES, Call, padded_sizes, tile_sizes
 from jaxformer.kernels.attention.mosaic_tpu.forward import forward
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.saved import Saved, as_request
@@ -33,6 +33,11 @@ def refuse(request: Request) -> Refusal | None:
         return Refusal(f"type {request.q.dtype}", f"its kernels take {' and '.join(TYPES)}")
     if target().platform not in ("tpu", "cpu"):
         return Refusal(f"platform {target()}", "its kernels are for TPUs")
+    if target().platform == "tpu":
+        for tile, length in zip(tile_sizes(request), request.sizes[2:], strict=True):
+            if tile % LANES and tile < length:
+                why = f"on a TPU they are multiples of {LANES}, or the whole length"
+                return Refusal(f"tiles {request.rules.tiles}", why)
     return None
 
 
