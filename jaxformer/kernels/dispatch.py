@@ -7,6 +7,7 @@ was asked for or raises, naming who can do it.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,19 @@ class Implementation:
     name: str
     refuse: Callable[[Any], Refusal | None]
     run: Callable[[Any], Any]
+
+
+class Deferred:
+    """A module by its name, imported when something of it is first asked for.
+
+    Pallas and its dialects take two seconds to import, which a program on a CPU never needs.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 from jax.errors import JaxRuntimeError
@@ -21,6 +21,14 @@ from jaxformer.errors import ConfigError
 
 WAIT = 300  # seconds for all processes to appear
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as lost
+
+
+class Place(NamedTuple):
+    """Where the processes of a run meet, how many they are, and which of them this is."""
+
+    coordinator: str
+    count: int
+    index: int
 
 
 class PeersLost(RuntimeError):
@@ -43,27 +51,27 @@ def start(environment: Mapping[str, str] = os.environ, wait: int = WAIT) -> None
     if who is not None:
         # The runtime ends the process, without an exception, when nobody answers: ask first.
         print(
-            f"process {who['process_id']} of {who['num_processes']}: waiting up to {wait} s for "
-            f"the others at {who['coordinator_address']}",
+            f"process {who.index} of {who.count}: waiting up to {wait} s for the others "
+            f"at {who.coordinator}",
             file=sys.stderr,
             flush=True,
         )
-        if who["process_id"]:
-            _until_somebody_listens(str(who["coordinator_address"]), wait)
+        if who.index:
+            _until_somebody_listens(who.coordinator, wait)
     try:
         jax.distributed.initialize(
-            **(who or {}), initialization_timeout=wait, heartbeat_timeout_seconds=HEARTBEAT
+            *(who or ()), initialization_timeout=wait, heartbeat_timeout_seconds=HEARTBEAT
         )
     except (JaxRuntimeError, RuntimeError, OSError) as error:
-        where = who["coordinator_address"] if who else "the first process"
+        where = who.coordinator if who else "the first process"
         raise PeersLost(
             f"not all processes met at {where} within {wait} s ({_first_line(error)}); check that "
             "every process runs, that the address is reachable and that its port is free"
         ) from error
 
 
-def _named(environment: Mapping[str, str]) -> dict[str, str | int] | None:
-    """Arguments of `jax.distributed.initialize` from the three variables."""
+def _named(environment: Mapping[str, str]) -> Place | None:
+    """What the three variables say."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = {name: environment[name] for name in names if environment.get(name)}
     if not given:
@@ -80,7 +88,7 @@ def _named(environment: Mapping[str, str]) -> dict[str, str | int] | None:
         raise ConfigError(f"JAX_PROCESS_ID: {index}, but there are only {count} processes")
     if ":" not in address:
         raise ConfigError(f"JAX_COORDINATOR_ADDRESS: {address!r} needs host:port")
-    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+    return Place(address, count, index)
 
 
 def _until_somebody_listens(address: str, wait: float) -> None:

@@ -10,11 +10,11 @@ import math
 
 import jax
 
-from jaxformer.kernels.attention import counted, cudnn, mosaic_gpu, mosaic_tpu, splash, triton
+from jaxformer.kernels.attention import counted, cudnn, splash
 from jaxformer.kernels.attention.chunked import chunked
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.xla import xla
-from jaxformer.kernels.dispatch import Implementation, KernelUnsupported, Refusal, choose
+from jaxformer.kernels.dispatch import Deferred, Implementation, KernelUnsupported, Refusal, choose
 from jaxformer.kernels.target import target
 
 QUADRATIC_BYTES = 2 * 2**30  # the largest score matrix that `xla` makes without being told to
@@ -33,15 +33,21 @@ def _too_large(request: Request) -> Refusal | None:
     return Refusal("this length", why)
 
 
+def _kernels(name: str) -> Implementation:
+    """A package of kernels: its `refuse`, and the function that is called like it."""
+    package = Deferred(f"jaxformer.kernels.attention.{name}")
+    return Implementation(
+        name, lambda request: package.refuse(request), jax.jit(lambda x: getattr(package, name)(x))
+    )
+
+
 IMPLEMENTATIONS = (
     Implementation("chunked", lambda request: None, jax.jit(chunked)),
     Implementation("xla", _too_large, jax.jit(xla)),
     Implementation("cudnn", cudnn.refuse, cudnn.cudnn),
     Implementation("splash", splash.refuse, splash.splash),
     Implementation("counted", counted.refuse, counted.counted),
-    Implementation("mosaic_tpu", mosaic_tpu.refuse, jax.jit(mosaic_tpu.mosaic_tpu)),
-    Implementation("triton", triton.refuse, jax.jit(triton.triton)),
-    Implementation("mosaic_gpu", mosaic_gpu.refuse, jax.jit(mosaic_gpu.mosaic_gpu)),
+    *map(_kernels, ("mosaic_gpu", "mosaic_tpu", "triton")),
 )
 
 # In the order they are tried where scores are many; `chunked` does every call everywhere.

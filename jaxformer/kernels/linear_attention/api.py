@@ -11,13 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxformer.kernels.dispatch import Implementation, KernelUnsupported, Plan, Refusal, choose
-from jaxformer.kernels.linear_attention import mosaic_gpu, mosaic_tpu, triton
+from jaxformer.kernels.dispatch import (
+    Deferred,
+    Implementation,
+    KernelUnsupported,
+    Plan,
+    Refusal,
+    choose,
+)
 from jaxformer.kernels.linear_attention.chunked import chunked
 from jaxformer.kernels.linear_attention.shards import over_mesh
 from jaxformer.kernels.linear_attention.sums import (
@@ -31,6 +38,10 @@ from jaxformer.kernels.target import target
 from jaxformer.kernels.tuned import tuned
 
 log = logging.getLogger(__name__)
+mosaic_gpu, mosaic_tpu, triton = (
+    Deferred(f"jaxformer.kernels.linear_attention.{name}")
+    for name in ("mosaic_gpu", "mosaic_tpu", "triton")
+)
 
 LARGEST = 256  # features of a kernel: its state is a matrix of features squared
 KERNELS = {"gpu": ("triton",), "tpu": ("mosaic_tpu",)}  # Hopper has one more
@@ -241,13 +252,13 @@ def _run_chunked(request: Request) -> jax.Array:
     return chunked(request.q, request.k, request.v, is_causal=request.causal, tiles=tiles)
 
 
-def _run(name: str, kernels: Primitives) -> Any:
+def _run(name: str, kernels: Callable[[], Primitives]) -> Any:
     def run(request: Request) -> jax.Array:
         attend = causal if request.causal else bidirectional
 
         def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             part = dataclasses.replace(request, q=q, k=k, v=v)  # whose tiles may be others
-            return attend(kernels, _tiles(name, part), q, k, v)
+            return attend(kernels(), _tiles(name, part), q, k, v)
 
         return over_mesh(local, request.q, request.k, request.v)
 
@@ -256,7 +267,9 @@ def _run(name: str, kernels: Primitives) -> Any:
 
 IMPLEMENTATIONS = (
     Implementation("chunked", lambda request: None, _run_chunked),
-    Implementation("mosaic_gpu", _hopper_refuses, _run("mosaic_gpu", mosaic_gpu.MosaicGPU())),
-    Implementation("triton", _triton_refuses, _run("triton", triton.Triton())),
-    Implementation("mosaic_tpu", _tpu_refuses, _run("mosaic_tpu", mosaic_tpu.MosaicTPU())),
+    Implementation(
+        "mosaic_gpu", _hopper_refuses, _run("mosaic_gpu", lambda: mosaic_gpu.MosaicGPU())
+    ),
+    Implementation("triton", _triton_refuses, _run("triton", lambda: triton.Triton())),
+    Implementation("mosaic_tpu", _tpu_refuses, _run("mosaic_tpu", lambda: mosaic_tpu.MosaicTPU())),
 )

@@ -59,7 +59,8 @@ class Terms:
     """The prepared operands of a call by name, and the functions of `tile.py` as programs.
 
     Names are "aux.<name>" for operands of mods, "mask.<i>" for those of the mask, "q_pos", "k_pos",
-    "seed", "first_b", "first_h" (where a part of a divided call begins); programs further read "b", "h", "row", "col" and what the kernel computes.
+    "seed", and "first_b", "first_h" where a part of a divided call begins; programs further read
+    "b", "h", "row", "col" and what the kernel computes.
     """
 
     request: Request
