@@ -27,8 +27,8 @@ class Place(NamedTuple):
     """Where the processes of a run meet, how many they are, and which of them this is."""
 
     coordinator: str
-    count: int
-    index: int
+    processes: int
+    process: int
 
 
 class PeersLost(RuntimeError):
@@ -51,16 +51,20 @@ def start(environment: Mapping[str, str] = os.environ, wait: int = WAIT) -> None
     if who is not None:
         # The runtime ends the process, without an exception, when nobody answers: ask first.
         print(
-            f"process {who.index} of {who.count}: waiting up to {wait} s for the others "
+            f"process {who.process} of {who.processes}: waiting up to {wait} s for the others "
             f"at {who.coordinator}",
             file=sys.stderr,
             flush=True,
         )
-        if who.index:
+        if who.process:
             _until_somebody_listens(who.coordinator, wait)
     try:
         jax.distributed.initialize(
-            *(who or ()), initialization_timeout=wait, heartbeat_timeout_seconds=HEARTBEAT
+            who.coordinator if who else None,
+            who.processes if who else None,
+            who.process if who else None,
+            initialization_timeout=wait,
+            heartbeat_timeout_seconds=HEARTBEAT,
         )
     except (JaxRuntimeError, RuntimeError, OSError) as error:
         where = who.coordinator if who else "the first process"

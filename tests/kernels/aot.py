@@ -17,9 +17,11 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from jaxformer.parallel import topology
+
 TPUS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 GPUS = {"h200": "sm_90a", "a100": "sm_80"}
-TARGETS = pathlib.Path(__file__).parent / "targets"
+TARGETS = pathlib.Path(topology.__file__).parent / "targets"
 
 
 class Compiled(NamedTuple):

@@ -92,7 +92,7 @@ def test_every_interleaving_gives_the_same_result():
         return jnp.square(o).sum() + lse.sum()
 
     runs = []
-    for seed in range(3):
+    for seed in range(5):
         with simulated(seed):
             runs.append(jax.grad(loss)(request))
     for other in runs[1:]:
