@@ -30,11 +30,15 @@ class KernelUnsupported(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """`refuse(request)` says what is in the way, None when nothing is; `run(request)` computes."""
+    """`refuse(request)` says what is in the way, None when nothing is; `run(request)` computes.
+
+    `tiles(request)` are the sizes it works in, None where a library chooses or there are none.
+    """
 
     name: str
     refuse: Callable[[Any], Refusal | None]
     run: Callable[[Any], Any]
+    tiles: Callable[[Any], tuple[int, int] | None] = lambda request: None
 
 
 class Deferred:

@@ -69,6 +69,23 @@ def test_plain_calls_go_to_the_library(platform, call, expected):
 
 
 @pytest.mark.parametrize(
+    "platform, expected, tiles",
+    [("gpu", "mosaic_gpu", (128, 128)), ("tpu", "mosaic_tpu", (512, 512))],
+)
+def test_the_rest_goes_to_our_kernels(platform, expected, tiles):
+    q = shape()
+    with on(platform):
+        found = plan(q, q, q, mask=Causal(), score_mod=softcap)
+        assert (found.impl, found.tiles) == (expected, tiles)
+        assert "score_mod" in found.why  # what the library's kernel could not
+        assert found.flops == pytest.approx(4 * 2 * 4 * 1024 * 1024 * 64 / 2, rel=0.01)
+    before_hopper = AbstractDevice("NVIDIA A100-SXM4-80GB", None, "gpu")
+    mesh = AbstractMesh((1,), ("data",), abstract_device=before_hopper)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert plan(q, q, q, score_mod=softcap).impl == "triton"
+
+
+@pytest.mark.parametrize(
     "call, arrays, feature",
     [
         (dict(score_mod=softcap), {}, "score_mod"),

@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxformer.kernels.attention.blocks import static_states
 from jaxformer.kernels.attention.choice import implementation
-from jaxformer.kernels.attention.masks import Full, Mask
+from jaxformer.kernels.attention.masks import SKIP, Full, Mask
 from jaxformer.kernels.attention.mods import ProbMod, ScoreMod, seed_of
 from jaxformer.kernels.attention.operands import Operand, Sizes
 from jaxformer.kernels.attention.request import Request, Rules
 from jaxformer.kernels.attention.shards import over_mesh
-from jaxformer.kernels.attention.tiling import tiling, visible_scores
-from jaxformer.kernels.dispatch import Plan
+from jaxformer.kernels.attention.tiling import visible_scores
+from jaxformer.kernels.dispatch import Implementation, Plan
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def attention(
     )
     chosen, why = implementation(request, impl)
     if log.isEnabledFor(logging.INFO):
-        plan = _plan(request, chosen.name, why)
+        plan = _plan(request, chosen, why)
         log.info("attention of %s queries to %s keys: %s", request.q.shape, request.k.shape, plan)
     o, lse = over_mesh(chosen.run, request)
     return (o, lse) if return_lse else o
@@ -106,23 +107,25 @@ def plan(
     """
     request = _request(q_BxLxHxK, k_BxSxGxK, v_BxSxGxKv, **call)
     chosen, why = implementation(request, impl)
-    return _plan(request, chosen.name, why)
+    return _plan(request, chosen, why)
 
 
-def _plan(request: Request, impl: str, why: str) -> Plan:
+def _plan(request: Request, chosen: Implementation, why: str) -> Plan:
     b, h, l, s = request.sizes
     gemm = 2 * b * h * (request.q.shape[-1] + request.v.shape[-1])
     flops = round(gemm * visible_scores(request))
     item = request.q.dtype.itemsize
     keys = (request.k.size + request.v.size) * item
     moved = keys + b * h * l * (request.q.shape[-1] + request.v.shape[-1]) * item
-    if impl == "xla":
+    if chosen.name == "xla":
         # Scores are written and read by the softmax, weights by the product with v.
         return Plan("xla", None, flops, moved + 4 * 4 * b * h * l * s, why)
-    tiles = tiling(request)
-    reread = tiles.scores / (tiles.tq * s) - 1  # the keys pass once per chunk of queries
-    moved += round(max(reread, 0) * keys)
-    return Plan(impl, (tiles.tq, tiles.tk), flops, moved, why)
+    tiles = chosen.tiles(request)
+    if tiles is not None:  # the keys pass once per tile of queries
+        tq, tk = tiles
+        visited = int((static_states(request, tq, tk) != SKIP).sum())
+        moved += round(max(visited * tk / s - 1, 0) * keys)
+    return Plan(chosen.name, tiles, flops, moved, why)
 
 
 def explain(*arrays: jax.typing.ArrayLike, **call: Any) -> str:

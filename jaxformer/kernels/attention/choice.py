@@ -13,6 +13,7 @@ import jax
 from jaxformer.kernels.attention import counted, cudnn, splash
 from jaxformer.kernels.attention.chunked import chunked
 from jaxformer.kernels.attention.request import Request
+from jaxformer.kernels.attention.tiling import tiling
 from jaxformer.kernels.attention.xla import xla
 from jaxformer.kernels.dispatch import Deferred, Implementation, KernelUnsupported, Refusal, choose
 from jaxformer.kernels.target import target
@@ -34,15 +35,18 @@ def _too_large(request: Request) -> Refusal | None:
 
 
 def _kernels(name: str) -> Implementation:
-    """A package of kernels: its `refuse`, and the function that is called like it."""
+    """A package of kernels: its `refuse` and `tiles`, and the function that is called like it."""
     package = Deferred(f"jaxformer.kernels.attention.{name}")
     return Implementation(
-        name, lambda request: package.refuse(request), jax.jit(lambda x: getattr(package, name)(x))
+        name,
+        lambda request: package.refuse(request),
+        jax.jit(lambda request: getattr(package, name)(request)),
+        lambda request: package.tiles(request),
     )
 
 
 IMPLEMENTATIONS = (
-    Implementation("chunked", lambda request: None, jax.jit(chunked)),
+    Implementation("chunked", lambda request: None, jax.jit(chunked), lambda r: tiling(r)[1:3]),
     Implementation("xla", _too_large, jax.jit(xla)),
     Implementation("cudnn", cudnn.refuse, cudnn.cudnn),
     Implementation("splash", splash.refuse, splash.splash),

@@ -12,9 +12,11 @@ import numpy as np
 from jax import lax
 
 from jaxformer.kernels.attention.blocks import BlockList
+from jaxformer.kernels.attention.masks import Causal
 from jaxformer.kernels.attention.mosaic_gpu import device
 from jaxformer.kernels.attention.operands import Sizes
 from jaxformer.kernels.attention.request import Request
+from jaxformer.kernels.tuned import tuned
 
 ROWS = 64  # of a warpgroup: the height of a tensor core product
 COMPUTE = 2  # warpgroups that compute; another one fetches
@@ -63,10 +65,23 @@ def config_of(request: Request) -> Config:
     config = CONFIGS[size]
     if rules.score_mod or rules.prob_mod or rules.dropout_rate:
         config = config._replace(dq_keys=64, split_dkv=size > 64)  # mods need registers, too
-    if rules.tiles is not None:
-        keys = rules.tiles[1]
+    tiles = rules.tiles or tuned(
+        "attention",
+        "mosaic_gpu",
+        request.sizes.l,
+        head_size=size,
+        causal=isinstance(request.mask, Causal),
+        **{"pass": "forward"},
+    )
+    if tiles is not None:
+        keys = tiles[1]
         config = config._replace(keys=keys, stages=config.stages * config.keys // keys)
     return config
+
+
+def tiles(request: Request) -> tuple[int, int]:
+    """(queries, keys) of a tile of the forward pass."""
+    return BLOCK, config_of(request).keys
 
 
 def allowed_tiles(request: Request) -> tuple[tuple[int, int], ...]:

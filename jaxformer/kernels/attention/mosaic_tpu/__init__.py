@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxformer.kernels.attention.layout import Inputs
 from jaxformer.kernels.attention.masks import SKIP
 from jaxformer.kernels.attention.mosaic_tpu.backward import by_keys, by_queries, by_tiles
-from jaxformer.kernels.attention.mosaic_tpu.call import LANES, Call, padded_sizes, tile_sizes
+from jaxformer.kernels.attention.mosaic_tpu.call import LANES, Call, padded_sizes, tiles
 from jaxformer.kernels.attention.mosaic_tpu.forward import forward
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.saved import Saved, as_request
@@ -34,7 +34,7 @@ def refuse(request: Request) -> Refusal | None:
     if target().platform not in ("tpu", "cpu"):
         return Refusal(f"platform {target()}", "its kernels are for TPUs")
     if target().platform == "tpu":
-        for tile, length in zip(tile_sizes(request), request.sizes[2:], strict=True):
+        for tile, length in zip(tiles(request), request.sizes[2:], strict=True):
             if tile % LANES and tile < length:
                 why = f"on a TPU they are multiples of {LANES}, or the whole length"
                 return Refusal(f"tiles {request.rules.tiles}", why)
@@ -44,7 +44,7 @@ def refuse(request: Request) -> Refusal | None:
 @jax.custom_vjp
 def mosaic_tpu(request: Request) -> tuple[jax.Array, jax.Array]:
     """Output (B, L, H, Kv) and log-sum-exp (B, H, L)."""
-    tq, tk = tile_sizes(request)
+    tq, tk = tiles(request)
     padded = padded_sizes(request, tq, tk)
     x = Inputs.of(request).layout(request, padded, request.q.dtype)
     o, lse = forward(Call.of(request, x, padded, tq, tk))
@@ -59,7 +59,7 @@ def _forward(request: Request) -> tuple[Any, Any]:
 
 def _backward(kept: Any, cotangents: Any) -> tuple[Request]:
     request = kept[0]
-    tq, tk = tile_sizes(request)
+    tq, tk = tiles(request)
     padded = padded_sizes(request, tq, tk)
     x, pull_layout = jax.vjp(
         lambda x: x.layout(request, padded, request.q.dtype), Inputs.of(request)

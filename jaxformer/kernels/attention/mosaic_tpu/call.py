@@ -118,7 +118,7 @@ class Call:
         return PerHead(self.x.sink).prepare(self.padded, self.padded).value
 
 
-def tile_sizes(request: Request) -> tuple[int, int]:
+def tiles(request: Request) -> tuple[int, int]:
     """(queries, keys) of a tile: equal parts of the lengths, whole lanes where they are several."""
     if request.rules.tiles is not None:
         sizes = zip(request.rules.tiles, request.sizes[2:], strict=True)

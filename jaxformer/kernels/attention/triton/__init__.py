@@ -29,6 +29,7 @@ from jaxformer.kernels.dispatch import Refusal
 from jaxformer.kernels.target import target
 
 TYPES = ("float32", "bfloat16", "float16")
+tiles = forward_tiles
 
 
 def refuse(request: Request) -> Refusal | None:
@@ -37,9 +38,9 @@ def refuse(request: Request) -> Refusal | None:
         return Refusal(f"type {request.q.dtype}", f"its kernels take {', '.join(TYPES)}")
     if target().platform not in ("gpu", "cpu"):
         return Refusal(f"platform {target()}", "its kernels are for GPUs")
-    tiles = request.rules.tiles or (LEAST, LEAST)
-    if any(n < LEAST or n & (n - 1) for n in tiles):
-        return Refusal(f"tiles {tiles}", f"Triton needs powers of two from {LEAST}")
+    asked = request.rules.tiles or (LEAST, LEAST)
+    if any(n < LEAST or n & (n - 1) for n in asked):
+        return Refusal(f"tiles {asked}", f"Triton needs powers of two from {LEAST}")
     if found := refused(request):
         return Refusal(f"{', '.join(sorted(found))} in a mod", "Triton has no such instruction")
     return None
@@ -48,9 +49,9 @@ def refuse(request: Request) -> Refusal | None:
 @jax.custom_vjp
 def triton(request: Request) -> tuple[jax.Array, jax.Array]:
     """Output (B, L, H, Kv) and log-sum-exp (B, H, L)."""
-    tiles = forward_tiles(request)
-    x = layout(Inputs.of(request), request, *tiles)
-    o, lse = forward(Call.of(request, x, *tiles))
+    tq, tk = tiles(request)
+    x = layout(Inputs.of(request), request, tq, tk)
+    o, lse = forward(Call.of(request, x, tq, tk))
     length, width = request.sizes.l, request.v.shape[3]
     return o[:, :, :length, :width].swapaxes(1, 2), lse[:, :, :length]
 
@@ -62,9 +63,9 @@ def _forward(request: Request) -> tuple[Any, Any]:
 
 def _backward(kept: Any, cotangents: Any) -> tuple[Request]:
     request = kept[0]
-    tiles = backward_tiles(request)
-    x, pull_layout = jax.vjp(lambda x: layout(x, request, *tiles), Inputs.of(request))
-    call = Call.of(request, x, *tiles)
+    tq, tk = backward_tiles(request)
+    x, pull_layout = jax.vjp(lambda x: layout(x, request, tq, tk), Inputs.of(request))
+    call = Call.of(request, x, tq, tk)
     saved = Saved.of(kept, cotangents, call.padded, request.q.dtype)
     saved = saved._replace(do=widen(saved.do))
     dq, delta, stored = by_queries(call, saved)
