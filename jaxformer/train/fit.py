@@ -6,10 +6,11 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import logging
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,10 @@ class _Run:
         step = step_function(phase, self.abstract[index + 1], self.mesh)
         window, guard = _Window(), "allow"
         pending: collections.deque[tuple[int, Metrics]] = collections.deque()
-        with contextlib.closing(self._batches(phase, self.step - end + phase.steps)) as batches:
+        with (
+            _kernel_plans(self.status),
+            contextlib.closing(self._batches(phase, self.step - end + phase.steps)) as batches,
+        ):
             while self.step < end:
                 batch = next(batches)
                 # Placing batches and fetching metrics are explicit; anything else that would
@@ -267,6 +271,31 @@ class _Run:
         meta = {"phase": phase.name, "config": dict(self.recipe.config)}
         self.checkpoints.save(self.step, self.state, meta)
         self.saved_at = time.monotonic()
+
+
+@contextlib.contextmanager
+def _kernel_plans(say: Callable[[str], None]) -> Iterator[None]:
+    """Say once which kernel each call of a program runs, and why, when it is traced."""
+    said = set()
+
+    class Once(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if text not in said:
+                said.add(text)
+                say(text)
+
+    log, handler = logging.getLogger("jaxformer.kernels"), Once()
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # to absl's handler, which would say it again for every layer
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
 
 
 class _Window:

@@ -32,7 +32,7 @@ from jaxformer.kernels.attention import (
 )
 from tests.kernels.attention_reference import Case, attend, draw, slope, toeplitz
 
-KERNELS = ["mosaic_tpu"]  # interpreted on a CPU
+KERNELS = ["mosaic_tpu", "triton"]  # interpreted on a CPU
 BLOCKS = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1]], bool)
 IDS = np.array([[0] * 15 + [1] * 20 + [2] * 2, [3] * 30 + [9] * 7])
 LENGTHS = np.array([37, 0])
@@ -144,14 +144,25 @@ def run(case, x, weights, impl, tiles=(16, 16)):
 @pytest.mark.parametrize("impl", ["chunked", "xla", *KERNELS])
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name, impl):
-    case = CASES[name]
+    check(CASES[name], impl)
+
+
+@pytest.mark.parametrize(
+    ("impl", "tiles"),
+    [("mosaic_tpu", (16, 32)), ("mosaic_tpu", (64, 16)), ("triton", (32, 16))],
+)
+def test_bands_in_oblong_tiles(impl, tiles):
+    check(CASES["padding_urpe"], impl, tiles)
+
+
+def check(case, impl, tiles=(16, 16)):
     x = draw(case)
     if "aux_cap" in x:
         x["aux_cap"] = np.float32(2.0)  # a cap near 0 has no derivative worth comparing
     rng = np.random.default_rng(3)
     b, l, _, h, _, _, kv = case.sizes
     weights = rng.standard_normal((b, l, h, kv)), rng.standard_normal((b, h, l))
-    (o, lse), grads = run(case, x, jax.tree.map(np.float32, weights), impl)
+    (o, lse), grads = run(case, x, jax.tree.map(np.float32, weights), impl, tiles)
     want_o, want_lse = attend(case, x)
     # float32 sums of some fifty terms of size 1, through exp: about 20 units of 1.2e-7 * |score|.
     np.testing.assert_allclose(o, want_o, rtol=1e-4, atol=1e-5)
@@ -202,7 +213,7 @@ def test_dropout_is_the_same_for_every_implementation_and_tiling():
     v = jnp.broadcast_to(jnp.eye(96)[None, :, None], (2, 96, 2, 96))  # the output is the weights
     call = dict(dropout=(0.25, jax.random.key(7)), mask=Causal())
     ways = [("xla", None), ("chunked", (96, 96)), ("chunked", (16, 32))]
-    ways += [(impl, (32, 48)) for impl in KERNELS]
+    ways += [(impl, (32, 64)) for impl in KERNELS]
     weights = [np.asarray(attention(q, k, v, impl=i, tiles=t, **call)) for i, t in ways]
     plain = np.asarray(attention(q, k, v, mask=Causal(), impl="xla"))
     for other in weights[1:]:
@@ -346,7 +357,7 @@ def test_auto_explains_and_explicit_is_never_replaced():
         plan(x, x, x, impl="xla")
     assert error.value.who_can == ("chunked", *KERNELS)
     assert plan(x, x, x, impl="xla", allow_quadratic=True).impl == "xla"
-    for name in ("cudnn", "mosaic_gpu", "triton", "splash"):
+    for name in ("mosaic_gpu",):
         with pytest.raises(AttentionUnsupported, match=f"impl='{name}'.*'chunked', 'xla'"):
             of(64, impl=name)
 
@@ -382,6 +393,28 @@ def test_wrong_shapes_are_named():
         attention(jnp.ones((2, 4, 2, 5)), x, x)
     with pytest.raises(ValueError, match="types differ"):
         attention(x, x, x.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Segments(jnp.zeros((2, 5), int), jnp.zeros((2, 4), int)), r"Segments.*\(2, 5\).*\(B, L\)"),
+        (Causal() & KeyPadding(jnp.zeros(3, int)), r"And.*\(3,\).*\(B\) = \(2,\)"),
+        (Prefix(jnp.zeros((2, 2), int)), r"Prefix.*\(2, 2\)"),
+        (DenseMask(jnp.ones((4, 3), bool)), r"DenseMask.*\(L, S\) = \(4, 4\)"),
+        (DenseMask(jnp.ones((1, 2, 2, 4, 4), bool)), r"DenseMask.*\(1, 2, 2, 4, 4\)"),
+    ],
+)
+def test_masks_that_do_not_fit_are_named(mask, message):
+    x = jax.ShapeDtypeStruct((2, 4, 2, 3), jnp.float32)
+    with pytest.raises(ValueError, match=f"mask: .*{message}"):
+        plan(x, x, x, mask=mask)
+
+
+def test_integers_are_refused():
+    x = jnp.ones((2, 4, 2, 3), jnp.int32)
+    with pytest.raises(ValueError, match="floating-point arrays, got int32"):
+        attention(x, x, x)
 
 
 def test_a_closed_over_array_is_refused_not_silently_constant():

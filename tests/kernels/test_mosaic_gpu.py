@@ -1,5 +1,7 @@
 """The Mosaic GPU kernels, run by the simulator: values, gradients, schedules, barriers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from jaxformer.kernels.attention import (
     Window,
     api,
     attention,
+    choice,
     ste_round,
 )
 from jaxformer.kernels.attention.blocks import blocks
@@ -30,7 +33,7 @@ from tests.kernels.test_attention import CASES, run
 def simulator(monkeypatch):
     """Within, impl="simulated" runs the kernels eagerly, in the caller's float32."""
     kernels = Implementation("simulated", lambda request: None, mosaic_gpu)
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", (*api.IMPLEMENTATIONS, kernels))
+    monkeypatch.setattr(choice, "IMPLEMENTATIONS", (*choice.IMPLEMENTATIONS, kernels))
     with simulated() as simulator, jax.disable_jit():
         yield simulator
 
@@ -104,6 +107,10 @@ def test_dropout_draws_what_every_implementation_draws(simulator):
     call = dict(dropout=(0.25, jax.random.key(7)), mask=Causal())
     ours, theirs = (attention(q, k, v, impl=i, **call) for i in ("simulated", "chunked"))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    # Part of a call, as a device of several computes it, draws what the whole draws there.
+    part = api._request(*(x[1:, :, 1:] for x in (q, k, v)), **call)
+    part = dataclasses.replace(part, origin=jnp.array([1, 1], jnp.int32))
+    np.testing.assert_allclose(mosaic_gpu(part)[0], theirs[1:, :, 1:], rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_is_accumulated_in_float32(simulator):
@@ -231,6 +238,7 @@ def test_what_is_not_elementwise_is_refused(fn, message):
         (dict(size=512), "head size 512"),
         (dict(tiles=(64, 64)), r"tiles \(64, 64\).*one of \(\(128, 64\), \(128, 128\)\)"),
         (dict(score_mod=lambda s, i, a: jax.lax.lgamma(s)), "lgamma"),
+        (dict(), "platform cpu: its kernels are for Hopper"),
     ],
 )
 def test_refusals_name_what_is_in_the_way(change, message):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxformer
 from jaxformer.recipe import ConfigError, InitFrom, Mean, Phase, Recipe
 from jaxformer.train import optim
 from jaxformer.train.checkpoint import Checkpoints
@@ -74,6 +75,13 @@ def test_a_changed_config_is_told(one_device, tmp_path, capsys):
         r = recipe(phase("train", 2), config={"model": {"width": width}, "seed": 0})
         run(r, one_device, tmp_path, progress=True)
     assert "config.model/width: was 3, is now 4" in capsys.readouterr().err
+
+
+def test_kernels_are_told_once(one_device, capsys):
+    recipe = jaxformer.load("pfn:tiny", steps=2)
+    jaxformer.fit(recipe, mesh=one_device)
+    told = [line for line in capsys.readouterr().err.splitlines() if "attention of" in line]
+    assert len(told) == 1 and "GFLOP" in told[0] and "on cpu" in told[0]  # it has two layers
 
 
 def test_restructuring_without_steps_is_saved(one_device, tmp_path):

@@ -1,13 +1,8 @@
 """Softmax attention: the op, its masks, the operands of its modifications."""
 
-from jaxformer.kernels.attention.api import (
-    AttentionUnsupported,
-    attention,
-    explain,
-    merge,
-    plan,
-)
+from jaxformer.kernels.attention.api import attention, explain, merge, plan
 from jaxformer.kernels.attention.array_masks import DenseMask, KeyPadding, Prefix, Segments
+from jaxformer.kernels.attention.choice import AttentionUnsupported
 from jaxformer.kernels.attention.masks import (
     And,
     BlockSparse,

@@ -7,7 +7,7 @@ dropout; the output is `weights @ v`.
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,22 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxformer.kernels.attention import mosaic_gpu, mosaic_tpu
-from jaxformer.kernels.attention.chunked import chunked
+from jaxformer.kernels.attention.choice import implementation
 from jaxformer.kernels.attention.masks import Full, Mask
 from jaxformer.kernels.attention.mods import ProbMod, ScoreMod, seed_of
-from jaxformer.kernels.attention.operands import Operand
+from jaxformer.kernels.attention.operands import Operand, Sizes
 from jaxformer.kernels.attention.request import Request, Rules
+from jaxformer.kernels.attention.shards import over_mesh
 from jaxformer.kernels.attention.tiling import tiling, visible_scores
-from jaxformer.kernels.attention.xla import xla
-from jaxformer.kernels.dispatch import Implementation, KernelUnsupported, Plan, Refusal, choose
+from jaxformer.kernels.dispatch import Plan
 
-QUADRATIC_BYTES = 2 * 2**30  # the largest score matrix that `xla` makes without being told to
-SMALL = 384 * 384  # L * S below which `xla` is the faster on a CPU; at 512 it is twice as slow
-
-
-class AttentionUnsupported(KernelUnsupported):
-    """An attention implementation was asked for something that it cannot do."""
+log = logging.getLogger(__name__)
 
 
 def attention(
@@ -87,9 +81,13 @@ def attention(
         dropout=dropout,
         tiles=tiles,
         allow_quadratic=allow_quadratic,
+        return_lse=return_lse,
     )
-    chosen, _ = _choose(request, impl)
-    o, lse = chosen.run(request)
+    chosen, why = implementation(request, impl)
+    if log.isEnabledFor(logging.INFO):
+        plan = _plan(request, chosen.name, why)
+        log.info("attention of %s queries to %s keys: %s", request.q.shape, request.k.shape, plan)
+    o, lse = over_mesh(chosen.run, request)
     return (o, lse) if return_lse else o
 
 
@@ -106,22 +104,25 @@ def plan(
     `flops` counts the scores the mask leaves (a mask that carries arrays counts as open where its
     static part does not close it); `hbm_bytes` what has to move between memory and the caches.
     """
-    call.pop("return_lse", None)
     request = _request(q_BxLxHxK, k_BxSxGxK, v_BxSxGxKv, **call)
-    chosen, why = _choose(request, impl)
+    chosen, why = implementation(request, impl)
+    return _plan(request, chosen.name, why)
+
+
+def _plan(request: Request, impl: str, why: str) -> Plan:
     b, h, l, s = request.sizes
     gemm = 2 * b * h * (request.q.shape[-1] + request.v.shape[-1])
     flops = round(gemm * visible_scores(request))
     item = request.q.dtype.itemsize
     keys = (request.k.size + request.v.size) * item
     moved = keys + b * h * l * (request.q.shape[-1] + request.v.shape[-1]) * item
-    if chosen.name == "xla":
+    if impl == "xla":
         # Scores are written and read by the softmax, weights by the product with v.
         return Plan("xla", None, flops, moved + 4 * 4 * b * h * l * s, why)
     tiles = tiling(request)
     reread = tiles.scores / (tiles.tq * s) - 1  # the keys pass once per chunk of queries
     moved += round(max(reread, 0) * keys)
-    return Plan(chosen.name, (tiles.tq, tiles.tk), flops, moved, why)
+    return Plan(impl, (tiles.tq, tiles.tk), flops, moved, why)
 
 
 def explain(*arrays: jax.typing.ArrayLike, **call: Any) -> str:
@@ -166,11 +167,13 @@ def _request(
     dropout: tuple[float, jax.Array] | None = None,
     tiles: tuple[int, int] | None = None,
     allow_quadratic: bool = False,
+    return_lse: bool = False,
 ) -> Request:
     """Check a call and make it a value; plain ShapeDtypeStructs will do for `plan`."""
     heads = _check_shapes(q, k, v, head_map, sink)
     if not isinstance(mask, Mask):
         raise ValueError(f"mask: needs a Mask (for an array: DenseMask), got {type(mask).__name__}")
+    _check_mask(mask, Sizes(*q.shape[:3:2], q.shape[1], k.shape[1]))
     if prob_mod is not None and not isinstance(prob_mod, ProbMod):
         raise ValueError("prob_mod: needs ProbMod(fn, linear=True or False)")
     for name, operand in (aux or {}).items():
@@ -202,6 +205,7 @@ def _request(
             head_map=heads,
             tiles=None if tiles is None else (int(tiles[0]), int(tiles[1])),
             allow_quadratic=allow_quadratic,
+            lse=return_lse,
         ),
     )
 
@@ -221,6 +225,8 @@ def _check_shapes(
         raise ValueError(f"attention: every axis needs at least one element, got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: types differ: {q.dtype}, {k.dtype}, {v.dtype}")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(f"attention: needs floating-point arrays, got {q.dtype}")
     h, g = q.shape[2], k.shape[2]
     if sink is not None and sink.shape != (h,):
         raise ValueError(f"sink: needs one number per query head, ({h},), got {sink.shape}")
@@ -235,41 +241,15 @@ def _check_shapes(
     return None if uniform else heads
 
 
-# ----------------------------------------------------------------------------- the choice
-
-
-def _choose(request: Request, impl: str) -> tuple[Implementation, str]:
-    why = "asked for"
-    if impl == "auto":
-        impl, why = _auto(request)
-    return choose(IMPLEMENTATIONS, request, impl, AttentionUnsupported), why
-
-
-def _auto(request: Request) -> tuple[str, str]:
-    platform = jax.default_backend()
-    if platform != "cpu":
-        return "chunked", f"no kernel for {platform} yet"
-    if request.sizes.l * request.sizes.s <= SMALL:
-        return "xla", f"L * S <= {SMALL} on a CPU"
-    return "chunked", f"L * S > {SMALL} on a CPU"
-
-
-def _too_large(request: Request) -> Refusal | None:
-    size = math.prod(request.sizes) * 4
-    if request.rules.allow_quadratic or size <= QUADRATIC_BYTES:
-        return None
-    why = f"the scores take {size / 2**30:.1f} GiB; allow_quadratic=True allows it"
-    return Refusal("this length", why)
-
-
-def _not_built(request: Request) -> Refusal:
-    return Refusal("any call", "it is not built yet")
-
-
-IMPLEMENTATIONS = (
-    Implementation("chunked", lambda request: None, jax.jit(chunked)),
-    Implementation("xla", _too_large, jax.jit(xla)),
-    Implementation("mosaic_gpu", mosaic_gpu.refuse, jax.jit(mosaic_gpu.mosaic_gpu)),
-    Implementation("mosaic_tpu", mosaic_tpu.refuse, jax.jit(mosaic_tpu.mosaic_tpu)),
-    *(Implementation(name, _not_built, _not_built) for name in ("cudnn", "triton", "splash")),
-)
+def _check_mask(mask: Mask, sizes: Sizes) -> None:
+    """Raise ValueError where an array of the mask does not lie over the scores."""
+    for axes, array in zip(mask.leaf_axes(), jax.tree.leaves(mask), strict=True):
+        full = tuple(getattr(sizes, axis) for axis in axes)
+        shape = jnp.shape(array)
+        if len(shape) != len(full) or any(
+            n not in (1, m) for n, m in zip(shape, full, strict=True)
+        ):
+            raise ValueError(
+                f"mask: {type(mask).__name__} has an array of shape {shape}, which does not "
+                f"broadcast to ({', '.join(axes.upper())}) = {full}"
+            )

@@ -65,6 +65,9 @@ class Prefix(Mask):
         broadcast = np if isinstance(by_column, np.ndarray) else jnp
         return broadcast.broadcast_to(by_column, shape)
 
+    def leaf_axes(self) -> tuple[str, ...]:
+        return () if self._static else ("b"[: jnp.ndim(self.n)],)
+
     def operands(self, sizes: Sizes) -> Any:
         if self._static:
             return None
@@ -95,6 +98,9 @@ class Segments(_ArrayMask):
         nothing = (q_high < k_low) | (q_low > k_high)
         return states(nothing, (q_low == k_high) & (q_high == k_low))
 
+    def leaf_axes(self) -> tuple[str, ...]:
+        return "bl"[-jnp.ndim(self.q_ids) :], "bs"[-jnp.ndim(self.kv_ids) :]
+
     def operands(self, sizes: Sizes) -> Any:
         per_row = [jnp.atleast_2d(x)[:, None] for x in (self.q_ids, self.kv_ids)]
         return PerQ(per_row[0]), PerK(per_row[1])
@@ -117,6 +123,9 @@ class KeyPadding(_ArrayMask):
         by_column = states(~high, low)
         shape = (by_column.shape[0], len(grid.spans[0]), by_column.shape[2])
         return jnp.broadcast_to(by_column, shape)
+
+    def leaf_axes(self) -> tuple[str, ...]:
+        return ("bs"[: jnp.ndim(self.valid)],)
 
     def operands(self, sizes: Sizes) -> Any:
         valid = jnp.asarray(self.valid)
@@ -147,6 +156,9 @@ class DenseMask(_ArrayMask):
         for axis, tile in ((1, grid.tq), (2, grid.tk)):
             low, high = _extremes(low, tile, axis)[0], _extremes(high, tile, axis)[1]
         return states(~high, low)
+
+    def leaf_axes(self) -> tuple[str, ...]:
+        return ("bhls"[-jnp.ndim(self.visible) :],)
 
     def operands(self, sizes: Sizes) -> Any:
         visible = jnp.asarray(self.visible)

@@ -113,6 +113,10 @@ class Mask:
         del sizes
         return None
 
+    def leaf_axes(self) -> tuple[str, ...]:
+        """For each array the mask carries, the score axes (b, h, l, s) that its axes lie along."""
+        return ()
+
     def elem(self, idx: Idx, aux: Any = None) -> jax.Array:
         """Visibility, broadcastable to the tile; `aux` is `operands(...)` cut to the tile."""
         raise NotImplementedError
@@ -322,6 +326,9 @@ class MaskMod(Mask):
 class _Pair(Mask):
     a: Mask
     b: Mask
+
+    def leaf_axes(self) -> tuple[str, ...]:
+        return (*self.a.leaf_axes(), *self.b.leaf_axes())
 
     def operands(self, sizes: Sizes) -> Any:
         return self.a.operands(sizes), self.b.operands(sizes)

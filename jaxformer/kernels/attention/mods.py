@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxformer.kernels.attention.operands import Aux, Idx
 
@@ -52,8 +53,8 @@ def seed_of(key: jax.Array) -> jax.Array:
 
 def _mix(x: jax.Array) -> jax.Array:
     """The 32-bit finaliser of MurmurHash3: every input bit reaches every output bit."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
@@ -65,7 +66,7 @@ def drop(w: jax.Array, rate: float, seed: jax.Array, idx: Idx) -> jax.Array:
     """
     row = seed
     for index in (idx.b, idx.h, idx.q):
-        row = _mix(row ^ index.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
-    bits = _mix(row ^ idx.k.astype(jnp.uint32) * jnp.uint32(0x9E3779B9))
-    kept = bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+        row = _mix(row ^ index.astype(jnp.uint32) * np.uint32(0x9E3779B9))
+    bits = _mix(row ^ idx.k.astype(jnp.uint32) * np.uint32(0x9E3779B9))
+    kept = bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(kept, w * (1.0 / (1.0 - rate)), 0.0)

@@ -8,6 +8,7 @@ says how it loads the part of an operand that a tile reads.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ class Reads:
 
     mask: Mask
     operands: tuple[Operand, ...]
+    scalars: tuple[jax.Array, ...]  # the seed of dropout (1,), the origin of a part (2,): int32
     tree: Any  # of (mask operands, constants, differentiated, query positions, key positions)
     sizes: Sizes
     padded: Sizes
@@ -39,7 +41,10 @@ class Reads:
         constants = Constants.of(dataclasses.replace(request, mask=mask), padded)
         tree = (constants.mask_operands, constants.aux, x.aux, constants.q_pos, constants.k_pos)
         operands, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, Operand))
-        return cls(mask, tuple(operands), structure, request.sizes, padded)
+        seed, origin = request.seed, request.origin
+        scalars = [] if seed is None else [lax.bitcast_convert_type(seed, jnp.int32).reshape(1)]
+        scalars += [] if origin is None else [jnp.asarray(origin, jnp.int32)]
+        return cls(mask, tuple(operands), tuple(scalars), structure, request.sizes, padded)
 
     @property
     def learned(self) -> tuple[int, ...]:
@@ -50,14 +55,23 @@ class Reads:
     def view(
         self,
         parts: list[jax.Array],
+        scalars: list[Any],
         place: tuple[Any, Any, Any, Any],
         tiles: tuple[int, int],
-        seed: Any,
         partial: bool,
     ) -> tuple[View, dict[str, jax.Array]]:
-        """The view of the tile at `place` (b, h, row, column), and its differentiated parts."""
+        """The view of the tile at `place` (b, h, row, column), and its differentiated parts.
+
+        `scalars` are references to what `self.scalars` holds.
+        """
         seen, constants, learned, q_pos, k_pos = jax.tree.unflatten(self.tree, parts)
         b, h, row, col = place
+        seed = None
+        for ref in scalars:
+            if ref.shape == (1,):
+                seed = ref[0].astype(jnp.uint32)
+            else:
+                b, h = b + ref[0], h + ref[1]
         rows = lax.broadcasted_iota(jnp.int32, (tiles[0], 1), 0) + row
         cols = lax.broadcasted_iota(jnp.int32, (1, tiles[1]), 1) + col
         idx = Idx(b, h, rows if q_pos is None else q_pos, cols if k_pos is None else k_pos)
@@ -69,6 +83,15 @@ class Reads:
             if self.padded.s > self.sizes.s:
                 keep = keep & (cols < self.sizes.s)
         return View(idx, keep, constants, seed), learned
+
+
+def take(refs: Any, *counts: int) -> list[Any]:
+    """References in groups of these sizes, and the rest."""
+    ends = itertools.accumulate(counts)
+    return [
+        *(refs[end - n : end] for n, end in zip(counts, ends, strict=True)),
+        refs[sum(counts) :],
+    ]
 
 
 def _lowered(mask: Mask, request: Request) -> Mask:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxformer.kernels.attention.masks import Mask, TileState
 from jaxformer.kernels.attention.mods import ProbMod, ScoreMod
 from jaxformer.kernels.attention.operands import Operand, Sizes
+from jaxformer.kernels.dispatch import Refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Rules:
     head_map: tuple[int, ...] | None = None
     tiles: tuple[int, int] | None = None
     allow_quadratic: bool = False
+    lse: bool = False  # whether the caller reads the LSE
 
     @property
     def two_pass(self) -> bool:
@@ -36,7 +38,8 @@ class Request:
     """A checked call: arrays as the caller gave them, batch-major, and the rules.
 
     q (B, L, H, K), k (B, S, G, K), v (B, S, G, Kv), sink (H,), q_pos (L,) or (B, L), k_pos alike,
-    seed a uint32 scalar.
+    seed a uint32 scalar. `origin` is the (batch row, query head) of the first of a part of a call
+    that is divided over devices, (2,) int32.
     """
 
     q: jax.Array
@@ -49,11 +52,30 @@ class Request:
     k_pos: jax.Array | None
     seed: jax.Array | None
     rules: Rules = dataclasses.field(metadata={"static": True})
+    origin: jax.Array | None = None
 
     @property
     def sizes(self) -> Sizes:
         b, l, h, _ = self.q.shape
         return Sizes(b, h, l, self.k.shape[1])
+
+    def beyond_plain(self) -> Refusal | None:
+        """What of the call a library's kernel cannot do, None if it is plain attention."""
+        parts = {
+            "score_mod": self.rules.score_mod,
+            "prob_mod": self.rules.prob_mod,
+            "a sink": self.sink,
+            "dropout": self.seed,
+            "q_pos": self.q_pos,
+            "k_pos": self.k_pos,
+            "a head_map that is not uniform": self.rules.head_map,
+        }
+        for feature, part in parts.items():
+            if part is not None:
+                return Refusal(feature, "it takes plain attention only")
+        if self.rules.lse:
+            return Refusal("return_lse", "its LSE has no gradient")
+        return None
 
     @property
     def static_positions(self) -> bool:

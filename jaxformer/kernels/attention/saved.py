@@ -44,6 +44,6 @@ class Saved(NamedTuple):
 
 def as_request(request: Request, d: Inputs) -> Request:
     """Cotangents of the inputs, as the caller gave them, in the structure of the request."""
-    nothing = dict(mask=None, q_pos=None, k_pos=None, seed=None)
+    nothing = dict(mask=None, q_pos=None, k_pos=None, seed=None, origin=None)
     aux = {name: d.aux.get(name) for name in request.aux}
     return dataclasses.replace(request, q=d.q, k=d.k, v=d.v, sink=d.sink, aux=aux, **nothing)

@@ -40,6 +40,7 @@ class Constants:
     q_pos: Operand | None
     k_pos: Operand | None
     seed: jax.Array | None
+    origin: jax.Array | None
     sizes: Sizes = dataclasses.field(metadata={"static": True})
     padded: Sizes = dataclasses.field(metadata={"static": True})
 
@@ -57,6 +58,7 @@ class Constants:
             q_pos=positions_operand(request.q_pos, PerQ, sizes, padded),
             k_pos=positions_operand(request.k_pos, PerK, sizes, padded),
             seed=request.seed,
+            origin=request.origin,
             sizes=sizes,
             padded=padded,
         )
@@ -64,6 +66,8 @@ class Constants:
     def view(self, at: Block, *, partial: bool) -> View:
         """The surroundings of tile `at`; a tile that is not partial skips the mask."""
         idx = ops.indices(self.sizes, at, self.q_pos, self.k_pos)
+        if self.origin is not None:
+            idx = idx._replace(b=idx.b + self.origin[0], h=idx.h + self.origin[1])
         keep = None
         if partial:
             keep = self.mask.elem(idx, ops.read(self.mask_operands, at))

@@ -28,6 +28,7 @@ from jaxformer.kernels.attention.operands import Operand, Toeplitz
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.saved import Saved, as_request
 from jaxformer.kernels.dispatch import Refusal
+from jaxformer.kernels.target import target
 
 
 def refuse(request: Request) -> Refusal | None:
@@ -46,6 +47,8 @@ def refuse(request: Request) -> Refusal | None:
         jax.eval_shape(_trace, request)
     except NotElementwise as error:
         return Refusal("this mask or mod", str(error))
+    if not target().hopper:
+        return Refusal(f"platform {target()}", "its kernels are for Hopper GPUs, sm_90a")
     return None
 
 

@@ -59,7 +59,8 @@ class Terms:
     """The prepared operands of a call by name, and the functions of `tile.py` as programs.
 
     Names are "aux.<name>" for operands of mods, "mask.<i>" for those of the mask, "q_pos", "k_pos",
-    "seed"; programs further read "b", "h", "row", "col" and what the kernel computes.
+    "seed", "origin.b", "origin.h"; programs further read "b", "h", "row", "col" and what the kernel
+    computes.
     """
 
     request: Request
@@ -81,6 +82,9 @@ class Terms:
             operands |= {} if operand is None else {name: operand}
         if request.seed is not None:
             operands["seed"] = PerQ(request.seed.reshape(1, 1, 1, 1))
+        if request.origin is not None:
+            for i, name in enumerate(("origin.b", "origin.h")):
+                operands[name] = PerQ(request.origin[i].reshape(1, 1, 1, 1))
         return cls(request, padded, mask, tree, operands)
 
     # ----------------------------------------------------------------------- programs
@@ -121,7 +125,8 @@ class Terms:
 
     def _view(self, x: dict[str, jax.Array], partial: bool) -> tile.View:
         sizes, padded = self.request.sizes, self.padded
-        idx = Idx(x["b"], x["h"], x.get("q_pos", x["row"]), x.get("k_pos", x["col"]))
+        b, h = (x[n] + x[f"origin.{n}"] if f"origin.{n}" in x else x[n] for n in ("b", "h"))
+        idx = Idx(b, h, x.get("q_pos", x["row"]), x.get("k_pos", x["col"]))
         keep = None
         if partial:
             leaves = [x[f"mask.{i}"] for i in range(self.mask_tree.num_leaves)]

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 
 from jaxformer.kernels.attention.layout import Inputs
 from jaxformer.kernels.attention.masks import SKIP
-from jaxformer.kernels.attention.mosaic_tpu.backward import by_keys, by_queries
-from jaxformer.kernels.attention.mosaic_tpu.call import Call, padded_sizes, tile_sizes
+from jaxformer.kernels.attention.mosaic_tpu.backward import by_keys, by_queries, by_tiles
+from jaxformer.kernels.attention.mosaic_tpu.call import LANES, Call, padded_sizes, tile_sizes
 from jaxformer.kernels.attention.mosaic_tpu.forward import forward
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.saved import Saved, as_request
 from jaxformer.kernels.dispatch import Refusal
+from jaxformer.kernels.target import target
 
 TYPES = ("float32", "bfloat16")
 
@@ -30,8 +31,13 @@ def refuse(request: Request) -> Refusal | None:
     """What stands in the way of `mosaic_tpu`."""
     if request.q.dtype.name not in TYPES:
         return Refusal(f"type {request.q.dtype}", f"its kernels take {' and '.join(TYPES)}")
-    if jax.default_backend() not in ("tpu", "cpu"):
-        return Refusal(f"platform {jax.default_backend()}", "its kernels are for TPUs")
+    if target().platform not in ("tpu", "cpu"):
+        return Refusal(f"platform {target()}", "its kernels are for TPUs")
+    if target().platform == "tpu":
+        for tile, length in zip(tile_sizes(request), request.sizes[2:], strict=True):
+            if tile % LANES and tile < length:
+                why = f"on a TPU they are multiples of {LANES}, or the whole length"
+                return Refusal(f"tiles {request.rules.tiles}", why)
     return None
 
 
@@ -63,6 +69,7 @@ def _backward(kept: Any, cotangents: Any) -> tuple[Request]:
     dq, delta, by_number = by_queries(call, saved)
     saved = saved._replace(delta=delta)
     dk, dv, more = by_keys(call, saved)
+    more |= {n: by_tiles(call, saved, n) for n in call.reads.learned if call.parts[n].shared}
     d = Inputs(dq, dk, dv, saved.dsink(x.sink), _operands(call, by_number | more))
     (d,) = pull_layout(jax.tree.map(lambda dx, x: dx.astype(x.dtype), d, x))
     return (as_request(request, d),)
@@ -76,11 +83,12 @@ def _operands(call: Call, stored: dict[int, jax.Array]) -> dict[str, Any]:
     cotangents = {}
     for name, n in zip(sorted(call.x.aux), call.reads.learned, strict=True):
         total = stored[n]
-        if call.parts[n].kept_for == "tile":  # blocks without a visit were never written
+        part = call.parts[n]
+        if part.kept_for == "tile" and not part.shared:  # blocks without a visit were never written
             seen = jnp.asarray(call.blocks.states) != SKIP
             seen = jnp.repeat(jnp.repeat(seen, call.tq, 1), call.tk, 2)
             total = jnp.where(seen[:, None], total, 0.0)
         operand = call.x.aux[name]
-        value = call.parts[n].reduce(total, operand.value)
+        value = part.reduce(total, operand.value)
         cotangents[name] = dataclasses.replace(operand, value=value)
     return cotangents

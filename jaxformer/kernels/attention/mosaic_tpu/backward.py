@@ -7,6 +7,7 @@ or over whole heads, the second those that lie over keys. Padded scores are mask
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxformer.kernels.attention import tile
-from jaxformer.kernels.attention.mosaic_tpu.call import Call, Visits, dot, run, take
+from jaxformer.kernels.attention.masks import FULL, PARTIAL
+from jaxformer.kernels.attention.mosaic_tpu.call import Call, Visits, dot, run
 from jaxformer.kernels.attention.mosaic_tpu.parts import Part, Where
+from jaxformer.kernels.attention.reads import take
 from jaxformer.kernels.attention.saved import Saved
 
 
@@ -40,7 +43,8 @@ def by_queries(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, dict[int
         return b, lax.div(h, jnp.int32(group)), j, 0
 
     row = pl.BlockSpec((1, 1, 1, tq), lambda b, h, i, *_: (b, h, 0, i))
-    kept = [n for n in call.reads.learned if not call.parts[n].keys_only]
+    parts = call.parts
+    kept = [n for n in call.reads.learned if not (parts[n].keys_only or parts[n].shared)]
     outputs = [
         (pl.BlockSpec((1, 1, tq, x.q.shape[3]), query), _like(x.q)),
         *_cotangents(call, kept, written),
@@ -51,7 +55,7 @@ def by_queries(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, dict[int
     dq, *rest = run(
         _query_kernel(call, visits, kept),
         grid=(b, h, l // tq, passes, visits.longest),
-        scalars=[*visits.arrays, *call.scalars],
+        scalars=[*visits.arrays, *call.reads.scalars],
         inputs=_inputs(call, saved, query, key, row, where),
         outputs=outputs,
         scratch=[(tq, x.q.shape[3]), (tq, 1)],
@@ -85,7 +89,7 @@ def by_keys(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, dict[int, j
     dk, dv, *rest = run(
         _key_kernel(call, visits, kept),
         grid=(b, groups, s // tk, group, visits.longest),
-        scalars=[*visits.arrays, *call.scalars],
+        scalars=[*visits.arrays, *call.reads.scalars],
         inputs=_inputs(call, saved, query, key, pl.BlockSpec((1, 1, 1, tq), across), where),
         outputs=[
             *((pl.BlockSpec((1, 1, tk, y.shape[3]), key), _like(y)) for y in (x.k, x.v)),
@@ -95,6 +99,63 @@ def by_keys(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, dict[int, j
         sequential=2,
     )
     return dk, dv, dict(zip(kept, rest, strict=True))
+
+
+def by_tiles(call: Call, saved: Saved, n: int) -> jax.Array:
+    """The cotangent of operand n, a number per score that batch rows or heads share.
+
+    The grid runs over the tiles of the operand, and within each over those that share it: what
+    would be B * H matrices of scores is summed before it is written.
+    """
+    part, (b, h, *_) = call.parts[n], call.x.q.shape
+    tq, tk, states = call.tq, call.tk, call.blocks.states
+    nq, nk = states.shape[1:]
+    own = b if part.has[0] else 1, h if part.has[1] else 1
+
+    def where(b: Any, h: Any, i: Any, j: Any, more_b: Any, more_h: Any, *_: Any) -> tuple[Any, ...]:
+        return b + more_b, h + more_h, i, j
+
+    def query(*grid: Any) -> tuple[Any, ...]:
+        b, h, i, _ = where(*grid)
+        return b, h, i, 0
+
+    def key(*grid: Any) -> tuple[Any, ...]:
+        b, h, _, j = where(*grid)
+        return b, lax.div(h, jnp.int32(call.group)), j, 0
+
+    def across(*grid: Any) -> tuple[Any, ...]:
+        b, h, i, _ = where(*grid)
+        return b, h, 0, i
+
+    def kernel(*refs: Any) -> None:
+        (state,), scalars, inputs, operands, (out,) = take(
+            refs, 1, len(call.reads.scalars), INPUTS, len(call.parts)
+        )
+        grid = [pl.program_id(axis) for axis in range(6)]
+        b, h, i, j = where(*grid)
+        pl.when((grid[4] == 0) & (grid[5] == 0))(lambda: _clear([(part, out)], "tile"))
+        found = state[((b if states.shape[0] > 1 else 0) * nq + i) * nk + j]
+
+        def visit(partial: bool) -> None:
+            delta = inputs[5][0, 0, 0]
+            pulled = _pull(call, inputs, operands, scalars, (b, h, i, j), delta, partial)
+            part.add(out, _chosen(call, pulled, [n])[0], i, j)
+
+        for partial in call.blocks.by_q.kinds:
+            pl.when(found == (PARTIAL if partial else FULL))(functools.partial(visit, partial))
+
+    tile_of = pl.BlockSpec((1, 1, tq, tk), lambda b, h, i, j, *_: (b, h, i, j))
+    shape = jax.ShapeDtypeStruct((*own, nq * tq, nk * tk), jnp.float32)
+    (stored,) = run(
+        kernel,
+        grid=(*own, nq, nk, b // own[0], h // own[1]),
+        scalars=[states, *call.reads.scalars],
+        inputs=_inputs(call, saved, query, key, pl.BlockSpec((1, 1, 1, tq), across), where),
+        outputs=[(tile_of, shape)],
+        scratch=[],
+        sequential=2,
+    )
+    return stored
 
 
 def _inputs(
@@ -111,11 +172,11 @@ INPUTS = 6  # q, dO, k, v, LSE, delta
 
 
 def _query_kernel(call: Call, visits: Visits, kept: list[int]) -> Any:
-    counts = len(visits.arrays), len(call.scalars), INPUTS, len(call.parts), 1, len(kept)
+    counts = len(visits.arrays), len(call.reads.scalars), INPUTS, len(call.parts), 1, len(kept)
     rules = call.rules
 
     def kernel(*refs: Any) -> None:
-        lists, seed, inputs, operands, (dq,), stored, rest = take(refs, *counts)
+        lists, scalars, inputs, operands, (dq,), stored, rest = take(refs, *counts)
         acc, delta = rest[-2:]
         b, h, i, n, t = map(pl.program_id, range(5))
         j = visits.tile(lists, b, i, t)
@@ -130,7 +191,7 @@ def _query_kernel(call: Call, visits: Visits, kept: list[int]) -> Any:
             pl.when(i == 0)(lambda: _clear(stores, "head"))
 
         def pull(partial: bool) -> tile.Pulled:
-            return _pull(call, inputs, operands, seed, (b, h, i, j), delta[...][:, 0], partial)
+            return _pull(call, inputs, operands, scalars, (b, h, i, j), delta[...][:, 0], partial)
 
         def find_delta(partial: bool) -> None:
             delta[...] += pull(partial).p_dp.sum(1, keepdims=True)
@@ -158,10 +219,10 @@ def _query_kernel(call: Call, visits: Visits, kept: list[int]) -> Any:
 
 
 def _key_kernel(call: Call, visits: Visits, kept: list[int]) -> Any:
-    counts = len(visits.arrays), len(call.scalars), INPUTS, len(call.parts), 2, len(kept)
+    counts = len(visits.arrays), len(call.reads.scalars), INPUTS, len(call.parts), 2, len(kept)
 
     def kernel(*refs: Any) -> None:
-        lists, seed, inputs, operands, (dk, dv), stored, (k_acc, v_acc) = take(refs, *counts)
+        lists, scalars, inputs, operands, (dk, dv), stored, (k_acc, v_acc) = take(refs, *counts)
         b, g, j, n, t = map(pl.program_id, range(5))
         h, i = g * call.group + n, visits.tile(lists, b, j, t)
         stores = [(call.parts[x], ref) for x, ref in zip(kept, stored, strict=True)]
@@ -174,7 +235,7 @@ def _key_kernel(call: Call, visits: Visits, kept: list[int]) -> Any:
 
         def visit(partial: bool) -> None:
             delta = inputs[5][0, 0, 0]
-            pulled = _pull(call, inputs, operands, seed, (b, h, i, j), delta, partial)
+            pulled = _pull(call, inputs, operands, scalars, (b, h, i, j), delta, partial)
             k_acc[...] += dot(pulled.raw, inputs[0][0, 0], (0, 0))
             v_acc[...] += dot(pulled.w, inputs[1][0, 0], (0, 0))
             for (part, ref), cotangent in zip(stores, _chosen(call, pulled, kept), strict=True):
@@ -194,13 +255,13 @@ def _pull(
     call: Call,
     inputs: list[Any],
     operands: list[Any],
-    seed: list[Any],
+    scalars: list[Any],
     place: tuple[Any, Any, Any, Any],
     delta: jax.Array,
     partial: bool,
 ) -> tile.Pulled:
     q, do, k, v, lse, _ = inputs
-    view, aux = call.look(operands, seed, place, partial)
+    view, aux = call.look(operands, scalars, place, partial)
     raw = dot(q[0, 0], k[0, 0], (1, 1)) * call.rules.scale
     dw = dot(do[0, 0], v[0, 0], (1, 1))
     return tile.pull_back(call.rules, raw, dw, lse[0, 0, 0], delta, view, aux, lambda x: x)

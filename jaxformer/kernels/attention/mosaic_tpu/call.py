@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,27 +99,19 @@ class Call:
         """Query heads of a key head."""
         return self.x.q.shape[1] // self.x.k.shape[1]
 
-    @property
-    def scalars(self) -> list[jax.Array]:
-        """Beside the lists: the seed of dropout."""
-        if self.request.seed is None:
-            return []
-        return [lax.bitcast_convert_type(self.request.seed, jnp.int32).reshape(1)]
-
     def operands(self, where: Where) -> list[tuple[pl.BlockSpec, jax.Array]]:
         """Blocks and arrays of the operands."""
         pairs = zip(self.parts, self.reads.operands, strict=True)
         return [(part.spec(where), part.array(operand.value)) for part, operand in pairs]
 
     def look(
-        self, refs: Any, seed: Any, place: tuple[Any, Any, Any, Any], partial: bool
+        self, refs: Any, scalars: Any, place: tuple[Any, Any, Any, Any], partial: bool
     ) -> tuple[View, dict[str, jax.Array]]:
         """The view of tile (b, h, i, j) and its differentiated parts."""
         b, h, i, j = place
         loaded = [part.load(ref) for part, ref in zip(self.parts, refs, strict=True)]
         at = (b, h, i * self.tq, j * self.tk)
-        seed = seed[0][0].astype(jnp.uint32) if seed else None
-        return self.reads.view(loaded, at, (self.tq, self.tk), seed, partial)
+        return self.reads.view(loaded, scalars, at, (self.tq, self.tk), partial)
 
     def sink(self) -> jax.Array:
         """(1, H, 1, 1)."""
@@ -183,12 +174,3 @@ def run(
 
     arrays = [*scalars, *(x for _, x in inputs)]
     return lax.platform_dependent(*arrays, cpu=call(True), default=call(False))
-
-
-def take(refs: Any, *counts: int) -> list[Any]:
-    """References in groups of these sizes, and the rest."""
-    ends = itertools.accumulate(counts)
-    return [
-        *(refs[end - n : end] for n, end in zip(counts, ends, strict=True)),
-        refs[sum(counts) :],
-    ]

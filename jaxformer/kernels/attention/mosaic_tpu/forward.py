@@ -15,7 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxformer.kernels.attention import tile
-from jaxformer.kernels.attention.mosaic_tpu.call import Call, Visits, dot, run, take
+from jaxformer.kernels.attention.mosaic_tpu.call import Call, Visits, dot, run
+from jaxformer.kernels.attention.reads import take
 
 
 def forward(call: Call) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +51,7 @@ def forward(call: Call) -> tuple[jax.Array, jax.Array]:
     o, lse = run(
         _kernel(call, visits),
         grid=(b, h, l // tq, passes, visits.longest),
-        scalars=[*visits.arrays, *call.scalars],
+        scalars=[*visits.arrays, *call.reads.scalars],
         inputs=inputs,
         outputs=[(spec, jax.ShapeDtypeStruct(*shape)) for spec, *shape in (out, norm)],
         scratch=[(tq, 1), (tq, 1), (tq, x.v.shape[3])],
@@ -61,10 +62,16 @@ def forward(call: Call) -> tuple[jax.Array, jax.Array]:
 
 def _kernel(call: Call, visits: Visits) -> Any:
     rules = call.rules
-    counts = len(visits.arrays), len(call.scalars), 3, len(call.parts), int(call.x.sink is not None)
+    counts = (
+        len(visits.arrays),
+        len(call.reads.scalars),
+        3,
+        len(call.parts),
+        int(call.x.sink is not None),
+    )
 
     def kernel(*refs: Any) -> None:
-        lists, seed, (q, k, v), operands, sink, (o, lse, m, l, acc) = take(refs, *counts)
+        lists, scalars, (q, k, v), operands, sink, (o, lse, m, l, acc) = take(refs, *counts)
         b, h, i, n, t = map(pl.program_id, range(5))
         last = (n == pl.num_programs(3) - 1) & (t == pl.num_programs(4) - 1)
 
@@ -80,7 +87,7 @@ def _kernel(call: Call, visits: Visits) -> Any:
         def look(partial: bool) -> tuple[jax.Array, Any]:
             """The scores of the tile, and what turns its probabilities into outputs."""
             place = b, h, i, visits.tile(lists, b, i, t)
-            view, aux = call.look(operands, seed, place, partial)
+            view, aux = call.look(operands, scalars, place, partial)
             s = tile.scores(rules, dot(q[0, 0], k[0, 0], (1, 1)) * rules.scale, view, aux)
             return s, lambda p: dot(tile.weights(rules, p, view, aux), v[0, 0], (1, 0))
 

@@ -112,12 +112,18 @@ class Part:
             return "head"
         return {(True, True): "tile", (True, False): "row", (False, True): "column"}[self.has[2:]]
 
+    @property
+    def shared(self) -> bool:
+        """Whether several (b, h) read the same number per score."""
+        alone = self.has[0] or self.padded.b == 1, self.has[1] or self.padded.h == 1
+        return self.kept_for == "tile" and not all(alone)
+
     def add(self, ref: Any, part: jax.Array, i: Any, j: Any) -> None:
         """Add the cotangent of the part of tile (i, j)."""
         if self.band:
             at = (0, 0, pl.ds(bands.number(i, j, self.padded, self.tq, self.tk), 1))
             ref[at] += shear.unshear(part)
-        elif self.kept_for == "tile":
+        elif self.kept_for == "tile" and not self.shared:
             ref[0, 0] = part
         else:
             ref[0, 0] += part.T if self.kept_for == "row" else part
