@@ -11,6 +11,7 @@ from jaxformer.kernels.attention import (
     AttentionUnsupported,
     Causal,
     KeyPadding,
+    PerK,
     Prefix,
     ProbMod,
     Window,
@@ -63,11 +64,15 @@ def test_values_and_gradients(name, simulator):
     check(CASES[name], x, simulator)
 
 
-def test_many_tiles_head_sizes_that_differ_and_a_ring_that_goes_round(simulator):
+def test_rings_that_go_round_head_sizes_that_differ_and_launches_of_their_own(simulator):
+    # Mods at head sizes above 64 have dK and dV in separate launches.
     case = Case(
         (1, 270, 600, 2, 1, 72, 40),
         lambda: Causal(offset=330),
         lambda b, i, j: j <= i + 330,
+        call=dict(score_mod=lambda s, i, a: s + a["column"]),
+        aux={"column": (PerK, (2, 600))},
+        score=lambda s, b, h, i, j, a: s + a["column"][:, None],
     )
     check(case, draw(case), simulator)
 
