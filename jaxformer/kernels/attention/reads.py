@@ -17,7 +17,7 @@ from jax import lax
 
 from jaxformer.kernels.attention.array_masks import DenseMask
 from jaxformer.kernels.attention.layout import Inputs
-from jaxformer.kernels.attention.masks import BlockSparse, Full, Mask, _Pair, dense
+from jaxformer.kernels.attention.masks import And, BlockSparse, Full, Mask, Or, dense
 from jaxformer.kernels.attention.operands import Idx, Operand, Sizes
 from jaxformer.kernels.attention.request import Request
 from jaxformer.kernels.attention.tile import Constants, View
@@ -100,7 +100,7 @@ def _lowered(mask: Mask, request: Request) -> Mask:
     A BlockSparse whose blocks are no multiples of the tiles becomes one byte per score; where they
     are, no tile is PARTIAL, and none of this is read.
     """
-    if isinstance(mask, _Pair):
+    if isinstance(mask, And | Or):
         return type(mask)(_lowered(mask.a, request), _lowered(mask.b, request))
     if isinstance(mask, BlockSparse):
         return DenseMask(dense(mask, *request.sizes, request.q_pos, request.k_pos))

@@ -58,20 +58,18 @@ def _split(call: Call, refs: Any) -> list[Any]:
     return take(refs, 3, len(call.reads.scalars), 6, len(call.reads.operands))
 
 
-def _pull(call: Call, inputs: Any, operands: Any, scalars: Any, place: Any, head: Any) -> Any:
-    """`pull(partial, delta)` of the tile at `place`, `head` counted in the block."""
-    q, do, lse, _, k, v = inputs
+def _pull(
+    call: Call, refs: Any, place: Any, head: Any, partial: bool, delta: jax.Array
+) -> tile.Pulled:
+    """The backward pass of tile (b, h, i, j); `head` is h counted in the block of heads."""
+    scalars, (q, do, lse, _, k, v), operands = refs
     _, _, i, j = place
     queries, keys = pl.ds(i * call.tq, call.tq), pl.ds(j * call.tk, call.tk)
-
-    def pull(partial: bool, delta: jax.Array) -> tile.Pulled:
-        view, aux = call.look(operands, scalars, place, head, partial)
-        raw = dot(q[head, queries, :], k[0, keys, :], (1, 1)) * call.rules.scale
-        dw = dot(do[head, queries, :], v[0, keys, :], (1, 1))
-        norm = lse[head, queries]
-        return tile.pull_back(call.rules, raw, dw, norm, delta, view, aux, lambda x: x)
-
-    return pull
+    view, aux = call.look(operands, scalars, place, head, partial)
+    raw = dot(q[head, queries, :], k[0, keys, :], (1, 1)) * call.rules.scale
+    dw = dot(do[head, queries, :], v[0, keys, :], (1, 1))
+    norm = lse[head, queries]
+    return tile.pull_back(call.rules, raw, dw, norm, delta, view, aux, lambda x: x)
 
 
 def _chosen(call: Call, pulled: tile.Pulled, numbers: list[int]) -> list[jax.Array]:
@@ -88,14 +86,15 @@ def by_queries(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, Stored]:
     tall = [tq if kind(call.reads.operands[n]) == "row" else 1 for n in summed]
 
     def kernel(*refs: Any) -> None:
-        visits, scalars, inputs, operands, outputs = _split(call, refs)
+        visits, *read, outputs = _split(call, refs)
+        inputs = read[1]
         (dq, delta_out), sums, tiles = take(outputs, 2, len(summed))
         i, h, b = map(pl.program_id, range(3))
         k, queries = inputs[4], pl.ds(i * tq, tq)
         delta = inputs[3][0, queries]
 
         def pull(j: Any, partial: bool, delta: jax.Array) -> tile.Pulled:
-            return _pull(call, inputs, operands, scalars, (b, h, i, j), 0)(partial, delta)
+            return _pull(call, read, (b, h, i, j), 0, partial, delta)
 
         def find_delta(j: Any, partial: bool, found: jax.Array) -> jax.Array:
             return found + pull(j, partial, jnp.zeros_like(delta)).p_dp.sum(1)
@@ -154,7 +153,8 @@ def by_keys(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, Stored]:
     summed = _learned(call, "column")
 
     def kernel(*refs: Any) -> None:
-        visits, scalars, inputs, operands, outputs = _split(call, refs)
+        visits, *read, outputs = _split(call, refs)
+        inputs = read[1]
         (dk, dv), sums = take(outputs, 2)
         j, g, b = map(pl.program_id, range(3))
 
@@ -164,7 +164,7 @@ def by_keys(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, Stored]:
                 queries = pl.ds(i * tq, tq)
                 place = b, g * group + n, i, j
                 delta = inputs[3][n, queries]
-                pulled = _pull(call, inputs, operands, scalars, place, n)(partial, delta)
+                pulled = _pull(call, read, place, n, partial, delta)
                 k_acc = k_acc + dot(pulled.raw, inputs[0][n, queries, :], (0, 0))
                 v_acc = v_acc + dot(pulled.w, inputs[1][n, queries, :], (0, 0))
                 parts = _chosen(call, pulled, summed)
@@ -186,7 +186,10 @@ def by_keys(call: Call, saved: Saved) -> tuple[jax.Array, jax.Array, Stored]:
 
     column = pl.BlockSpec((None, group, tk), lambda j, g, b: (b, g, j))
     columns = jax.ShapeDtypeStruct((b, x.q.shape[1], s), jnp.float32)
-    own = lambda j, g, b: (b, g)  # noqa: E731
+
+    def own(j: Any, g: Any, b: Any) -> tuple[Any, Any]:
+        return b, g
+
     dk, dv, *stored = run(
         kernel,
         grid=(s // tk, groups, b),
@@ -209,13 +212,14 @@ def by_bands(call: Call, saved: Saved) -> Stored:
     lists = Lists(block_list(_diagonals(call.blocks.states, count, last)))
 
     def kernel(*refs: Any) -> None:
-        visits, scalars, inputs, operands, outputs = _split(call, refs)
+        visits, *read, outputs = _split(call, refs)
+        inputs = read[1]
         n, h, b = map(pl.program_id, range(3))
 
         def visit(i: Any, partial: bool, totals: Any) -> Any:
             place = b, h, i, i + last - n
             delta = inputs[3][0, pl.ds(i * t, t)]
-            pulled = _pull(call, inputs, operands, scalars, place, 0)(partial, delta)
+            pulled = _pull(call, read, place, 0, partial, delta)
             parts = _chosen(call, pulled, summed)
             return [a + part for a, part in zip(totals, parts, strict=True)]
 
