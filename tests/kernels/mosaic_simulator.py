@@ -174,7 +174,7 @@ class Machine:
 
 
 class Simulator:
-    """The functions of `device`; `visits` counts what was fetched, by grid position."""
+    """The functions of `device`; `fetched` lists (grid position, window) of what was."""
 
     def __init__(self, seed=0):
         self.rng = np.random.default_rng(seed)
@@ -186,8 +186,6 @@ class Simulator:
             x.fill(np.nan if jnp.issubdtype(dtype, jnp.floating) else 123456789)
             return x
 
-        total = sum(x.bytes for x in scratch.values() if isinstance(x, device.Shared))
-        self.shared = total
         arrays = {name: Ref(np.asarray(x)) for name, x in inputs.items()}
         results = {name: Ref(new(x.shape, x.dtype)) for name, x in outputs.items()}
         for where in np.ndindex(*grid.values()):

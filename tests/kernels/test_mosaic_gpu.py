@@ -1,5 +1,7 @@
 """The Mosaic GPU kernels, run by the simulator: values, gradients, schedules, barriers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jaxformer.kernels.attention import (
     AttentionUnsupported,
     Causal,
     KeyPadding,
+    PerK,
     Prefix,
     ProbMod,
     Window,
@@ -61,11 +64,15 @@ def test_values_and_gradients(name, simulator):
     check(CASES[name], x, simulator)
 
 
-def test_many_tiles_head_sizes_that_differ_and_a_ring_that_goes_round(simulator):
+def test_rings_that_go_round_head_sizes_that_differ_and_launches_of_their_own(simulator):
+    # Mods at head sizes above 64 have dK and dV in separate launches.
     case = Case(
         (1, 270, 600, 2, 1, 72, 40),
         lambda: Causal(offset=330),
         lambda b, i, j: j <= i + 330,
+        call=dict(score_mod=lambda s, i, a: s + a["column"]),
+        aux={"column": (PerK, (2, 600))},
+        score=lambda s, b, h, i, j, a: s + a["column"][:, None],
     )
     check(case, draw(case), simulator)
 
@@ -105,6 +112,10 @@ def test_dropout_draws_what_every_implementation_draws(simulator):
     call = dict(dropout=(0.25, jax.random.key(7)), mask=Causal())
     ours, theirs = (attention(q, k, v, impl=i, **call) for i in ("simulated", "chunked"))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    # Part of a call, as a device of several computes it, draws what the whole draws there.
+    part = api._request(*(x[1:, :, 1:] for x in (q, k, v)), **call)
+    part = dataclasses.replace(part, origin=jnp.array([1, 1], jnp.int32))
+    np.testing.assert_allclose(mosaic_gpu(part)[0], theirs[1:, :, 1:], rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_is_accumulated_in_float32(simulator):
@@ -232,6 +243,7 @@ def test_what_is_not_elementwise_is_refused(fn, message):
         (dict(size=512), "head size 512"),
         (dict(tiles=(64, 64)), r"tiles \(64, 64\).*one of \(\(128, 64\), \(128, 128\)\)"),
         (dict(score_mod=lambda s, i, a: jax.lax.lgamma(s)), "lgamma"),
+        (dict(), "platform cpu: its kernels are for Hopper"),
     ],
 )
 def test_refusals_name_what_is_in_the_way(change, message):

@@ -4,10 +4,18 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.kernels.attention import Causal
+from jaxformer.kernels.attention.mosaic_gpu import op
+from jaxformer.kernels.target import Target
 from tests.kernels.aot import compile_for
 from tests.kernels.test_aot import VARIANTS, arrays, program
 
 pytestmark = pytest.mark.aot
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(op, "target", lambda: Target("gpu", "NVIDIA H200"))
+
 
 # Head size 256, backward: a sum of 128 registers, two products of 32, and the operands of the mod
 # are more than a thread's 240 registers. Bytes per thread, stored and loaded, per tile at most.

@@ -267,7 +267,8 @@ def key_pass(
         outputs = {"dk": pulled.raw, "dv": pulled.w, **pulled.parts}
         return {name: outputs[name] for name in (*sums, *rows)}
 
-    pull = Pull.of(request, terms, visits, wanted, ahead=not config.split_dkv)
+    crowded = config.split_dkv or any(terms.axes(name) == "ls" for name in terms.operands)
+    pull = Pull.of(request, terms, visits, wanted, ahead=not crowded)
     kernel = _KeyPass(pull, config, visits, sums, rows)
     inputs = pull.inputs(saved, visits, kernel.shape, flipped=True)
     inputs |= {} if "do" in inputs else {"do": saved.do} if "dv" in sums else {}

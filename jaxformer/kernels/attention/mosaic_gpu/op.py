@@ -50,6 +50,8 @@ def refuse(request: Request) -> Refusal | None:
         jax.eval_shape(_trace, request)
     except NotElementwise as error:
         return Refusal("this mask or mod", str(error))
+    if not target().hopper:
+        return Refusal(f"platform {target()}", "its kernels are for Hopper GPUs, sm_90a")
     return None
 
 

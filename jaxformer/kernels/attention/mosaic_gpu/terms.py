@@ -59,8 +59,8 @@ class Terms:
     """The prepared operands of a call by name, and the functions of `tile.py` as programs.
 
     Names are "aux.<name>" for operands of mods, "mask.<i>" for those of the mask, "q_pos", "k_pos",
-    "seed", and "first_b", "first_h" where a part of a divided call begins; programs further read
-    "b", "h", "row", "col" and what the kernel computes.
+    "seed", "origin.b", "origin.h"; programs further read "b", "h", "row", "col" and what the kernel
+    computes.
     """
 
     request: Request
@@ -80,11 +80,11 @@ class Terms:
         for name, pos, kind in (("q_pos", request.q_pos, PerQ), ("k_pos", request.k_pos, PerK)):
             operand = positions_operand(pos, kind, sizes, padded)
             operands |= {} if operand is None else {name: operand}
-        scalars = {"seed": request.seed}
+        if request.seed is not None:
+            operands["seed"] = PerQ(request.seed.reshape(1, 1, 1, 1))
         if request.origin is not None:
-            scalars |= {"first_b": request.origin[0], "first_h": request.origin[1]}
-        for name, x in scalars.items():
-            operands |= {} if x is None else {name: PerQ(x.reshape(1, 1, 1, 1))}
+            for i, name in enumerate(("origin.b", "origin.h")):
+                operands[name] = PerQ(request.origin[i].reshape(1, 1, 1, 1))
         return cls(request, padded, mask, tree, operands)
 
     # ----------------------------------------------------------------------- programs
@@ -125,7 +125,7 @@ class Terms:
 
     def _view(self, x: dict[str, jax.Array], partial: bool) -> tile.View:
         sizes, padded = self.request.sizes, self.padded
-        b, h = (x[n] + x[f"first_{n}"] if f"first_{n}" in x else x[n] for n in ("b", "h"))
+        b, h = (x[n] + x[f"origin.{n}"] if f"origin.{n}" in x else x[n] for n in ("b", "h"))
         idx = Idx(b, h, x.get("q_pos", x["row"]), x.get("k_pos", x["col"]))
         keep = None
         if partial:
