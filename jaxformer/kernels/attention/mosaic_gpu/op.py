@@ -33,9 +33,6 @@ from jaxformer.kernels.target import target
 
 def refuse(request: Request) -> Refusal | None:
     """What is in the way of these kernels; None when nothing is."""
-    where = target()
-    if not (where.hopper or where.platform == "cpu"):  # where a test plays the device
-        return Refusal(f"platform {where}", "its kernels are for Hopper GPUs")
     if request.q.dtype not in (jnp.bfloat16, jnp.float16):
         return Refusal(f"{request.q.dtype} inputs", "tensor cores multiply bfloat16 or float16")
     if head_size(request) not in CONFIGS:
