@@ -73,6 +73,7 @@ class Topology:
         try:
             if self.chip.platform == "tpu":
                 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server to ask
+                os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs on a chip
                 found = topologies.get_topology_desc(
                     platform="tpu", topology_name=f"{kind}:{grid}", num_slices=self.slices
                 )

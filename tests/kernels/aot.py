@@ -56,6 +56,7 @@ def device(target):
     need(target)
     if target in TPUS:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # in every test worker
         return topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target]).devices[0]
     config = (TARGETS / f"{target}.txtpb").read_text()
     return topologies.get_topology_desc(

@@ -9,6 +9,7 @@ by a simulator, so that schedules, barriers and arithmetic are checked where the
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,10 @@ class Shared:
 
     shape: tuple[int, ...]
     dtype: Any
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
