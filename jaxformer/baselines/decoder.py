@@ -10,7 +10,6 @@ from jaxformer.models.lm import decoder_lm
 from jaxformer.models.transformer import Transformer
 from jaxformer.recipe import Phase, Recipe
 from jaxformer.tasks.language import LanguageTask
-from jaxformer.train import optim
 from jaxformer.train.updates import GradientUpdate
 
 
@@ -25,12 +24,7 @@ def build(config: ConfigDict) -> Recipe:
     source = Text(data.text, data.tokenizer, vocabulary, data.validation)
     train = source.train(data.length, config.batch_size, config.seed)
     unseen = source.held_out(data.length, config.batch_size, config.evaluate.batches or None)
-    update = GradientUpdate(
-        task,
-        optim.build(config.optim, config.steps),
-        config.gradient.accumulate,
-        config.gradient.ema or None,
-    )
+    update = GradientUpdate.of(task, config)
     every = config.evaluate.every or "end"
     evaluator = MeanEvaluator(task, unseen, "validation", every, None, {"perplexity": perplexity})
     return Recipe(task, [Phase("train", config.steps, train, update)], [evaluator], unit="tokens")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Metrics, Params, Task, TrainState
-from jaxformer.train.optim import Optimizer
+from jaxformer.train.optim import Optimizer, build
 
 
 @runtime_checkable
@@ -59,6 +59,13 @@ class GradientUpdate:
     optimizer: Optimizer
     accumulate: int = 1
     ema: float | None = None
+
+    @classmethod
+    def of(cls, task: Task, config: Any) -> Self:
+        """As `config.optim`, `config.steps` and `config.gradient` say (`jaxformer.config.base`)."""
+        gradient = config.gradient
+        optimizer = build(config.optim, config.steps)
+        return cls(task, optimizer, gradient.accumulate, gradient.ema or None)
 
     def init(self, state: TrainState) -> TrainState:
         opt_state = {

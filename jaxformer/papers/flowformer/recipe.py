@@ -23,7 +23,6 @@ from jaxformer.papers.flowformer.model import FlowAttention
 from jaxformer.recipe import Data, Phase, Recipe, Task
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.language import LanguageTask
-from jaxformer.train import optim
 from jaxformer.train.updates import GradientUpdate
 
 
@@ -72,12 +71,7 @@ def finish(
     derived: Mapping[str, Callable[[Mapping[str, float]], float]] = MappingProxyType({}),
 ) -> Recipe:
     """One phase of gradient steps, evaluated on `batches` of unseen data (all of a finite one)."""
-    update = GradientUpdate(
-        task,
-        optim.build(config.optim, config.steps),
-        config.gradient.accumulate,
-        config.gradient.ema or None,
-    )
+    update = GradientUpdate.of(task, config)
     every = config.evaluate.every or "end"
     evaluator = MeanEvaluator(task, unseen, "validation", every, batches, derived)
     return Recipe(task, [Phase("train", config.steps, train, update)], [evaluator], unit=unit)

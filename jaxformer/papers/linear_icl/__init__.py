@@ -15,7 +15,6 @@ from jaxformer.papers.linear_icl.measure import AgainstLimit
 from jaxformer.papers.linear_icl.model import InContextRegression, PopulationRegression
 from jaxformer.papers.linear_icl.transformer import PrefixRegression, in_context_transformer
 from jaxformer.recipe import Phase, Recipe, Task
-from jaxformer.train import optim
 from jaxformer.train.flow import FlowUpdate, adaptive
 from jaxformer.train.updates import GradientUpdate
 
@@ -57,12 +56,7 @@ def transformer(config: ConfigDict) -> Recipe:
 
 def on_prompts(config: ConfigDict, task: Task, evaluators: list) -> Recipe:
     data = DeviceData(law(config.data), config.batch_size, config.seed)
-    update = GradientUpdate(
-        task,
-        optim.build(config.optim, config.steps),
-        config.gradient.accumulate,
-        config.gradient.ema or None,
-    )
+    update = GradientUpdate.of(task, config)
     return Recipe(task, [Phase("train", config.steps, data, update)], evaluators, unit="prompts")
 
 

@@ -18,7 +18,6 @@ from jaxformer.papers.pfn.criteria import Bars, Binary, Categorical, Criterion, 
 from jaxformer.papers.pfn.model import set_transformer
 from jaxformer.papers.pfn.task import PFNTask
 from jaxformer.recipe import ConfigError, Phase, Recipe
-from jaxformer.train import optim
 from jaxformer.train.states import on_device
 from jaxformer.train.updates import GradientUpdate
 
@@ -49,12 +48,7 @@ def build(config: ConfigDict) -> Recipe:
     if not config.optim.learning_rate:
         config = ConfigDict(config)
         config.optim.learning_rate = scaling_law_rate(task, data)
-    update = GradientUpdate(
-        task,
-        optim.build(config.optim, config.steps),
-        config.gradient.accumulate,
-        config.gradient.ema or None,
-    )
+    update = GradientUpdate.of(task, config)
     fresh = DeviceData(rows, config.batch_size, config.seed + 2**31)
     every, batches = config.evaluate.every or "end", config.evaluate.batches or 1
     evaluator = MeanEvaluator(task, fresh, "fresh", every, batches)
