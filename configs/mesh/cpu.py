@@ -1,0 +1,4 @@
+"""One CPU, or what it simulates: data-parallel."""
+
+TOPOLOGY = None
+MESH = {"data": -1}
