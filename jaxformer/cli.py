@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("train", _train, "train a config; set its fields with --config.<field>=<value>")
     sub.add_argument("--config", default=DEFAULT, help="file or paper, with :preset")
+    sub.add_argument("--mesh", help="a file of configs/mesh, such as v5e_256")
     sub.add_argument("--workdir", help="default: runs/<paper>-<preset>")
     sub.add_argument("--stop-after", type=int, metavar="STEP", help="save and leave at this step")
 
@@ -83,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("plan", _plan, "compile a config's step for a pod that is not here: does it fit")
     sub.add_argument("--config", default=DEFAULT, help="file or paper, with :preset")
-    sub.add_argument("--topology", required=True, help="v5e:16x16, v5p:8x8x16, h200:8x8, ...")
+    sub.add_argument("--mesh", help="a file of configs/mesh, such as v5e_256")
+    sub.add_argument("--topology", help="v5e:16x16, v5p:8x8x16, h200:8x8, ...; default: the mesh's")
     sub.add_argument("--search", action="store_true", help="find the largest micro-batch")
 
     sub = verb("evaluate", _evaluate, "run a run's evaluators on its checkpoints")
@@ -154,10 +156,18 @@ def _list(options: argparse.Namespace, _: Any) -> None:
             print(f"{slug:<20} {names:<22} {title}")
 
 
+def _on_mesh(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[dict, str | None]:
+    """The overrides with those of --mesh before them, and its topology."""
+    from jaxformer.config import load_mesh
+
+    sizes, topology = load_mesh(options.mesh) if options.mesh else ({}, None)
+    return {**sizes, **overrides}, topology
+
+
 def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from jaxformer.config import load_config
 
-    config = load_config(options.config, overrides)
+    config = load_config(options.config, _on_mesh(options, overrides)[0])
     workdir = Path(options.workdir or f"runs/{_label(options.config)}")
     from jaxformer.analyze.summary import parameter_count
     from jaxformer.catalogue import build
@@ -238,6 +248,10 @@ def _recipe_of_run(workdir: str, step: int | None = None) -> Any:
 def _plan(options: argparse.Namespace, overrides: Any) -> int:
     from jaxformer.config import load_config
 
+    overrides, topology = _on_mesh(options, overrides)
+    topology = options.topology or topology
+    if topology is None:
+        raise ConfigError("plan: give --topology, or a --mesh that is for one")
     load_config(options.config, overrides)  # mistakes show before jax is imported
     from jaxformer.analyze.plan import plan
     from jaxformer.catalogue import build
@@ -245,7 +259,7 @@ def _plan(options: argparse.Namespace, overrides: Any) -> int:
     def load(spec: str, **changes: Any) -> Any:
         return build(load_config(spec, {**overrides, **changes}))
 
-    text, fits = plan(options.config, load, options.topology, options.search)
+    text, fits = plan(options.config, load, topology, options.search)
     print(text)
     return 0 if fits else 1
 

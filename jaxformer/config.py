@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from jaxformer.errors import ConfigError
 
 PACKAGE = Path(__file__).parent
+CONFIG = ("PRESETS", "get_config")  # what a config file defines
 
 
 def base(paper: str) -> ConfigDict:
@@ -83,7 +84,7 @@ def _find(spec: str) -> tuple[Path, str | None]:
     return path, preset or None
 
 
-def _module(path: Path) -> Any:
+def _module(path: Path, *needed: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"jaxformer_config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -93,14 +94,30 @@ def _module(path: Path) -> Any:
         raise ConfigError(
             f"config: {path} cannot be run: {type(error).__name__}: {error}"
         ) from error
-    if not hasattr(module, "get_config") or not hasattr(module, "PRESETS"):
-        raise ConfigError(f"config: {path} must define PRESETS and get_config(preset)")
+    if not all(hasattr(module, name) for name in needed):
+        raise ConfigError(f"config: {path} must define {' and '.join(needed)}")
     return module
+
+
+def load_mesh(name: str) -> tuple[dict[str, int], str | None]:
+    """The overrides that set the mesh of `configs/mesh/<name>.py`, and the topology it is for.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    folder = configs_folder() / "mesh"
+    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.py")))
+        raise ConfigError(f"mesh: no file {name!r}; give a file or one of: {known}")
+    module = _module(path, "MESH", "TOPOLOGY")
+    sizes = {axis: 1 for axis in base("").mesh} | module.MESH
+    return {f"mesh.{axis}": size for axis, size in sizes.items()}, module.TOPOLOGY
 
 
 def presets(spec: str) -> tuple[str, ...]:
     """The presets of a config."""
-    return tuple(_module(_find(spec)[0]).PRESETS)
+    return tuple(_module(_find(spec)[0], *CONFIG).PRESETS)
 
 
 def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> ConfigDict:
@@ -112,7 +129,7 @@ def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config
         ConfigError: unknown file, preset or field, or a value of the wrong type.
     """
     path, preset = _find(spec)
-    module = _module(path)
+    module = _module(path, *CONFIG)
     preset = preset or ("small" if "small" in module.PRESETS else module.PRESETS[0])
     if preset not in module.PRESETS:
         raise ConfigError(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxformer.recipe import ConfigError
@@ -45,11 +46,27 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over `devices` (all by default); data-parallel when `sizes` is empty.
 
-    Axes are Auto: `jax.make_mesh` would make them Explicit, which Linen layers do not run on.
+    Of devices in several slices the data axis has two levels: the slices, and within each what is
+    left, so that no other axis crosses the slow network between them. Axes are Auto:
+    `jax.make_mesh` would make them Explicit, which Linen layers do not run on.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = axis_sizes(sizes or {"data": -1}, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        return _over_slices(shape, slices, devices)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _over_slices(shape: Sequence[int], slices: int, devices: Sequence[jax.Device]) -> Mesh:
+    if shape[0] % slices:
+        raise ConfigError(
+            f"mesh.data: {shape[0]} copies cannot be shared by {slices} slices; use a multiple"
+        )
+    within = (shape[0] // slices, *shape[1:])
+    between = (slices, *(1 for _ in shape[1:]))
+    grid = create_hybrid_device_mesh(within, between, devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

@@ -12,9 +12,10 @@ from jaxformer import cli
 from jaxformer.analyze.flops import count
 from jaxformer.analyze.hlo import collectives
 from jaxformer.catalogue import load
+from jaxformer.config import configs_folder, load_config, load_mesh
 from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Causal, Full, Window, attention
-from jaxformer.parallel.mesh import make_mesh
+from jaxformer.parallel.mesh import axis_sizes, make_mesh
 from jaxformer.parallel.topology import topology
 
 
@@ -108,6 +109,36 @@ def test_sizes_of_the_decoders_are_the_published_ones():
         recipe = load(f"decoder:{preset}")
         state = jax.eval_shape(lambda: new_state(recipe, jax.random.key(0)))  # noqa: B023
         assert parameter_count(state.params) == pytest.approx(size, rel=1e-2), preset
+
+
+MESHES = [path.stem for path in (configs_folder() / "mesh").glob("*.py")]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_mesh_files_cover_their_topology(name):
+    sizes, where = load_mesh(name)
+    config = load_config("decoder:llama_7b", sizes)
+    if where is not None:
+        axis_sizes(config.mesh.to_dict(), topology(where).size)
+
+
+def test_a_mesh_that_does_not_exist_is_named(capsys):
+    assert cli.main(["plan", "--mesh", "v5e_17"]) == 2
+    assert "mesh: no file 'v5e_17'; give a file or one of: cpu, gpu_1" in capsys.readouterr().err
+    assert cli.main(["plan", "--mesh", "cpu"]) == 2
+    assert "plan: give --topology" in capsys.readouterr().err
+
+
+@pytest.mark.aot
+def test_slices_are_the_outer_level_of_the_data_axis():
+    from tests.kernels.aot import need
+
+    need("v5e")
+    mesh = make_mesh({"data": 4, "fsdp": 2}, topology("2*v5e:2x2").devices())
+    slices = [[d.slice_index for d in row.flat] for row in mesh.devices]
+    assert slices == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    with pytest.raises(ConfigError, match=r"mesh.data: 1 copies cannot be shared by 2 slices"):
+        make_mesh({"data": 1, "fsdp": 8}, topology("2*v5e:2x2").devices())
 
 
 @pytest.mark.aot
