@@ -105,9 +105,15 @@ def plan(
     `flops` counts the scores the mask leaves (a mask that carries arrays counts as open where its
     static part does not close it); `hbm_bytes` what has to move between memory and the caches.
     """
-    request = _request(q_BxLxHxK, k_BxSxGxK, v_BxSxGxKv, **call)
-    chosen, why = implementation(request, impl)
-    return _plan(request, chosen, why)
+    planned = []
+
+    def trace(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+        request = _request(q, k, v, **call)
+        chosen, why = implementation(request, impl)
+        planned.append(_plan(request, chosen, why))
+
+    jax.eval_shape(trace, q_BxLxHxK, k_BxSxGxK, v_BxSxGxKv)  # nothing is computed
+    return planned[0]
 
 
 def _plan(request: Request, chosen: Implementation, why: str) -> Plan:
