@@ -20,6 +20,7 @@ from jaxformer.kernels import tuned
 STAGES = ("numerics", "peak", "forward", "backward", "mods", "linear", "train", "tune")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_runs_in_miniature(stage, tmp_path):
     text = run(tmp_path, stage, tiny=True)
@@ -165,6 +166,7 @@ def test_mistakes_are_named(tmp_path, capsys):
     assert "--tiny is for bench h200" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_bare_checkout_is_enough(tmp_path):
     """Without the packages that only other verbs need."""
     absent = ("ml_collections", "grain", "sklearn", "diffrax", "matplotlib", "chex", "torch")
