@@ -208,6 +208,7 @@ def qkv(b=2, l=48, h=2, k=8, seed=0, dtype=jnp.float32):
     return [jax.random.normal(key, (b, l, h, k), dtype) for key in keys]
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_for_every_implementation_and_tiling():
     q, k, _ = qkv(l=96)
     v = jnp.broadcast_to(jnp.eye(96)[None, :, None], (2, 96, 2, 96))  # the output is the weights
@@ -434,6 +435,7 @@ def test_ste_round_rounds_exactly_and_passes_the_gradient():
     assert "custom" not in str(jax.make_jaxpr(jax.grad(ste_round))(1.0))
 
 
+@pytest.mark.slow
 def test_quantised_probabilities_train_straight_through():
     q, k, v = qkv(l=40)
     mod = ProbMod(lambda p, i, a: ste_round(p * a["levels"]) / a["levels"], linear=False)

@@ -125,6 +125,7 @@ def test_a_library_kernel_needs_its_hardware(impl):
         attention(q, q, q, impl=impl)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mask, l, s",
     [

@@ -184,6 +184,7 @@ def test_memory_is_linear_in_length():
     assert temporary(8192) < 4.2 * temporary(2048)
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_the_bidirectional_form():
     q, k, v = arrays((1, 4, 4, 1, 2, 2))
     hessian = jax.hessian(lambda k: linear_attention(q, k, v, causal=False).sum())(k)

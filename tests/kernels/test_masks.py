@@ -144,6 +144,7 @@ def check_list(visits, seen, tiles):
             assert j not in index[:full] or whole
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(expressions, st.sampled_from([(4, 5), (13, 3)]))  # few sizes: each is compiled anew
 def test_block_lists_follow_elements(expression, tiles):
@@ -160,6 +161,7 @@ def test_block_lists_follow_elements(expression, tiles):
         assert int((static > 0).sum()) * B >= int(lists.by_q.count.sum())
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(expressions, bits)
 def test_block_lists_follow_positions(expression, rng):

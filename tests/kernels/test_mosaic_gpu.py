@@ -90,6 +90,7 @@ def test_tiles_that_nobody_sees_are_neither_fetched_nor_computed(simulator):
     assert len(simulator.fetched) == 4 * 2 + 2 * (1 + 2 + 2 + 2)
 
 
+@pytest.mark.slow
 def test_every_interleaving_gives_the_same_result():
     q, k, v = (jax.random.normal(jax.random.key(i), (1, 130, 1, 8)) for i in range(3))
     request = api._request(q, k, v, mask=Causal())

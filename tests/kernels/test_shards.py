@@ -62,7 +62,10 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 4}, {"fsdp": 2, "sequence": 4}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 2, "tensor": 4}, pytest.param({"fsdp": 2, "sequence": 4}, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_devices_agree_with_one(name, sizes):
     check(name, sizes, "chunked", (8, 16))
