@@ -122,6 +122,18 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def free_axes(mesh: Any, axis: str, n: int) -> tuple[str, ...] | None:
+    """The mesh axes to divide n elements of a logical axis over, for a `jax.shard_map`.
+
+    None where they are one device, do not divide n, or are divided by hand already.
+    """
+    wanted = ACTIVATION_AXES[axis] or ()
+    wanted = (wanted,) if isinstance(wanted, str) else wanted
+    axes = tuple(a for a in wanted if a in mesh.shape and a not in mesh.manual_axes)
+    ways = math.prod(mesh.shape[a] for a in axes)
+    return axes if ways > 1 and n % ways == 0 else None
+
+
 def batch_sharding(mesh: Mesh | AbstractMesh, batch_size: int) -> NamedSharding:
     """Rows over the data and fsdp axes.
 

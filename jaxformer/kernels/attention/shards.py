@@ -20,12 +20,10 @@ from jax.sharding import PartitionSpec as P
 from jaxformer.kernels.attention.masks import Mask
 from jaxformer.kernels.attention.operands import Operand, Toeplitz
 from jaxformer.kernels.attention.request import Request
-from jaxformer.parallel.sharding import ACTIVATION_AXES
+from jaxformer.parallel.sharding import free_axes
 
 Run = Callable[[Request], tuple[jax.Array, jax.Array | None]]
 Split = Mapping[str, tuple[str, ...]]  # score axis -> the mesh axes it is divided over
-
-SCORE_AXES = {"b": "batch", "h": "heads", "l": "length"}
 
 
 def over_mesh(run: Run, request: Request) -> tuple[jax.Array, jax.Array | None]:
@@ -34,7 +32,8 @@ def over_mesh(run: Run, request: Request) -> tuple[jax.Array, jax.Array | None]:
     split = _split(mesh, request)
     if not split:
         return run(request)
-    request = _divisible_heads(request, _ways(mesh, split.get("h", ())))
+    ways = math.prod(mesh.shape[axis] for axis in split.get("h", ()))
+    request = _divisible_heads(request, ways)
 
     def local(part: Request) -> tuple[jax.Array, jax.Array | None]:
         return run(_placed(part, request, split))
@@ -48,22 +47,11 @@ def over_mesh(run: Run, request: Request) -> tuple[jax.Array, jax.Array | None]:
     )(request)
 
 
-def _ways(mesh: Any, axes: Sequence[str]) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
-
-
 def _split(mesh: Any, request: Request) -> Split:
     """Score axes to divide: those whose mesh axes are free, more than one device and a divisor."""
-    sizes = request.sizes
-    split = {}
-    for letter, n in zip("bhl", sizes, strict=False):
-        wanted = ACTIVATION_AXES[SCORE_AXES[letter]]
-        wanted = (wanted,) if isinstance(wanted, str) else wanted or ()
-        axes = tuple(a for a in wanted if a in mesh.shape and a not in mesh.manual_axes)
-        ways = _ways(mesh, axes)
-        if ways > 1 and n % ways == 0:
-            split[letter] = axes
-    return split
+    wanted = (("b", "batch"), ("h", "heads"), ("l", "length"))
+    found = {a: free_axes(mesh, name, getattr(request.sizes, a)) for a, name in wanted}
+    return {a: axes for a, axes in found.items() if axes is not None}
 
 
 def _divisible_heads(request: Request, ways: int) -> Request:
