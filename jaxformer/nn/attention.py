@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.errors import ConfigError
-from jaxformer.kernels.attention import KeyPadding, Mask, PerK, PerQ, attention, dense
+from jaxformer.kernels.attention import Full, KeyPadding, Mask, PerK, PerQ, attention, dense
 from jaxformer.kernels.attention import operands as ops
 from jaxformer.kernels.attention.masks import positions_operand
 from jaxformer.kernels.attention.mods import drop, seed_of
@@ -22,6 +22,8 @@ from jaxformer.nn.cache import KVCache
 from jaxformer.nn.einsum import Einsum
 from jaxformer.nn.make import Make
 from jaxformer.nn.position import Mods, Position, stream_positions
+
+FULL = Full()
 
 
 class Fused(nn.Module):
@@ -128,7 +130,8 @@ class Attention(nn.Module):
     """Multi-head softmax attention, a `jaxformer.nn.block.Mixer`.
 
     Query head h reads key-value head h // (heads / kv_heads). The head size defaults to
-    width / heads. `position` acts inside (`RoPE`, `ALiBi`); `dropout` is that of probabilities.
+    width / heads. `position` acts inside (`RoPE`, `ALiBi`); `window` is what this layer sees at
+    most, of what the mask of a call lets it see; `dropout` is that of probabilities.
 
     Raises:
         ConfigError: heads do not divide the width, or kv_heads the heads.
@@ -138,7 +141,9 @@ class Attention(nn.Module):
     kv_heads: int | None = None
     head_size: int | None = None
     position: Make = Make(Position)
+    window: Mask = FULL
     use_bias: bool = True
+    out_bias: bool | None = None  # None: as use_bias
     dropout: float = 0.0
     core: Make = Make(Fused)
 
@@ -179,13 +184,14 @@ class Attention(nn.Module):
             q_BxLxHxK,
             k_BxSxGxK,
             v_BxSxGxK,
-            mask=mask,
+            mask=mask if self.window == FULL else mask & self.window,
             mods=position.mods(self.heads, at_L if given else None, at_S if given else None),
             q_pos=q_pos,
             k_pos=k_pos,
             dropout=self.dropout if train else 0.0,
         )
-        return Einsum("...HK,HKD->...D", (width,), self.use_bias, name="out")(y_BxLxHxK)
+        out_bias = self.use_bias if self.out_bias is None else self.out_bias
+        return Einsum("...HK,HKD->...D", (width,), out_bias, name="out")(y_BxLxHxK)
 
 
 def head_sizes(

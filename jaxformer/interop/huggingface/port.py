@@ -1,0 +1,49 @@
+"""What a Hugging Face config becomes: a model, the layout of its tensors, and its task."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxformer.interop.layout import Layout
+from jaxformer.recipe import Batch, Params, Task
+from jaxformer.tasks.language import LanguageTask, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """A model and how its weights lie in the files of others.
+
+    `task` is the class that scores it, `batch` one row (abstract) of what that reads, `length` the
+    most tokens it can read, None where there is no such limit.
+    """
+
+    model: nn.Module
+    layout: Layout
+    task: type
+    batch: Batch
+    length: int | None = None
+
+    def make_task(self, tokenizer: Tokenizer | None = None) -> Task:
+        if issubclass(self.task, LanguageTask):
+            return self.task(self.model, tokenizer)
+        return self.task(self.model)
+
+    def abstract(self) -> Params:
+        """The shapes of the parameters."""
+        task = self.make_task()
+        rows = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dict(self.batch))
+        return jax.eval_shape(lambda: task.init(jax.random.key(0), rows)[0])
+
+
+def language(model: nn.Module, layout: Layout, length: int) -> Port:
+    """A model that continues texts."""
+    return Port(model, layout, LanguageTask, {"tokens": _tokens(2)}, length)
+
+
+def _tokens(length: int) -> Any:
+    return jax.ShapeDtypeStruct((1, length), jnp.int32)
