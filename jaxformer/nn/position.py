@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +88,18 @@ class Mods(NamedTuple):
     aux: Mapping[str, Operand] | None = None
 
 
+class Scheme(Protocol):
+    """What changes scores and probabilities by position: a `Position`, or what layers share."""
+
+    def mods(
+        self,
+        heads: int,
+        sizes: tuple[int, int],
+        q_pos: jax.Array | None,
+        k_pos: jax.Array | None,
+    ) -> Mods: ...
+
+
 class Position(nn.Module):
     """A scheme that acts inside attention: on queries and keys, or on scores and probabilities."""
 
@@ -96,13 +108,19 @@ class Position(nn.Module):
         del positions
         return x_BxLxHxK
 
-    def mods(self, heads: int, q_pos: jax.Array | None, k_pos: jax.Array | None) -> Mods:
-        """Changes of scores and probabilities.
+    def mods(
+        self,
+        heads: int,
+        sizes: tuple[int, int],
+        q_pos: jax.Array | None,
+        k_pos: jax.Array | None,
+    ) -> Mods:
+        """Changes of scores and probabilities, which are of (L, S) `sizes`.
 
-        `q_pos` (L,) or (B, L) and `k_pos` likewise are given where positions are not the indices
-        that masks go by.
+        `q_pos` (L,) or (B, L) and `k_pos` likewise are given where positions are not the numbers
+        of rows and columns.
         """
-        del heads, q_pos, k_pos
+        del heads, sizes, q_pos, k_pos
         return Mods()
 
 
@@ -129,7 +147,14 @@ class RoPE(Position):
 class ALiBi(Position):
     """Adds -slope_h |q - k| to the scores (Press et al. 2021, arXiv 2108.12409)."""
 
-    def mods(self, heads: int, q_pos: jax.Array | None, k_pos: jax.Array | None) -> Mods:
+    def mods(
+        self,
+        heads: int,
+        sizes: tuple[int, int],
+        q_pos: jax.Array | None,
+        k_pos: jax.Array | None,
+    ) -> Mods:
+        del sizes
         aux = {"slope": PerHead(jnp.asarray(alibi_slopes(heads)))}
         if q_pos is None:
             return Mods(_alibi_by_index, aux=aux)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from jaxformer.errors import ConfigError
-from jaxformer.interop.huggingface import decoders
+from jaxformer.interop.huggingface import decoders, encoders, t5, vision
 from jaxformer.interop.huggingface.page import Page, UnsupportedArchitecture
 from jaxformer.interop.huggingface.port import Port
 from jaxformer.interop.tensors import new_folder, open_tensors, read_json, save_tensors
@@ -43,6 +43,19 @@ MODELS = {
     "llama": (decoders.llama, ("LlamaForCausalLM",)),
     "mistral": (decoders.llama, ("MistralForCausalLM",)),
     "qwen2": (decoders.llama, ("Qwen2ForCausalLM",)),
+    "bert": (encoders.bert, ("BertForMaskedLM", "BertForSequenceClassification")),
+    "roberta": (encoders.bert, ("RobertaForMaskedLM", "RobertaForSequenceClassification")),
+    "distilbert": (
+        encoders.distilbert,
+        ("DistilBertForMaskedLM", "DistilBertForSequenceClassification"),
+    ),
+    "vit": (vision.vit, ("ViTForImageClassification",)),
+    "deit": (
+        vision.vit,
+        ("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher"),
+    ),
+    "swin": (vision.swin, ("SwinForImageClassification",)),
+    "t5": (t5.t5, ("T5ForConditionalGeneration",)),
 }
 
 
@@ -64,8 +77,7 @@ def port_of(config: Mapping[str, Any], source: str = CONFIG, dtype: str = "float
     page = Page(config, source)
     page.require("model_type", *MODELS)
     build, heads = MODELS[page.text("model_type")]
-    named = page.values.get("architectures") or heads[:1]
-    if not isinstance(named, list | tuple) or named[0] not in heads:
+    if page.architecture not in heads:
         raise page.unsupported("architectures", heads)
     return build(page, dtype)
 

@@ -46,6 +46,12 @@ class Page:
             raise ConfigError(f"{self.source}: field {name!r} is missing")
         return default if value is None else value
 
+    @property
+    def architecture(self) -> str:
+        """The class that wrote the weights, such as "BertForMaskedLM"."""
+        named = self.values.get("architectures")
+        return str(named[0]) if isinstance(named, list | tuple) and named else ""
+
     def integer(self, name: str, default: Any = REQUIRED, most: int = LARGEST) -> Any:
         """A number in 1 .. `most`."""
         value = self._get(name, default)
@@ -54,6 +60,14 @@ class Page:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise self.wrong(name, f"an integer in 1 .. {most}")
         return value
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of numbers of at least 1."""
+        value = self._get(name, REQUIRED)
+        good = isinstance(value, list | tuple) and 1 <= len(value) <= 100
+        if not good or not all(type(n) is int and 1 <= n <= 10_000 for n in value):
+            raise self.wrong(name, "a list of integers in 1 .. 10000")
+        return tuple(value)
 
     def depth(self, name: str) -> int:
         """A number of layers."""

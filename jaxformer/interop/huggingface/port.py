@@ -11,7 +11,10 @@ from flax import linen as nn
 
 from jaxformer.interop.layout import Layout
 from jaxformer.recipe import Batch, Params, Task
+from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.language import LanguageTask, Tokenizer
+from jaxformer.tasks.masked import MaskedLanguageTask
+from jaxformer.tasks.rewrite import RewriteTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +32,9 @@ class Port:
     length: int | None = None
 
     def make_task(self, tokenizer: Tokenizer | None = None) -> Task:
-        if issubclass(self.task, LanguageTask):
-            return self.task(self.model, tokenizer)
-        return self.task(self.model)
+        if self.task is ClassifyTask:
+            return self.task(self.model)
+        return self.task(self.model, tokenizer)
 
     def abstract(self) -> Params:
         """The shapes of the parameters."""
@@ -43,6 +46,27 @@ class Port:
 def language(model: nn.Module, layout: Layout, length: int) -> Port:
     """A model that continues texts."""
     return Port(model, layout, LanguageTask, {"tokens": _tokens(2)}, length)
+
+
+def masked(model: nn.Module, layout: Layout, length: int) -> Port:
+    """A model that fills in masked words."""
+    return Port(model, layout, MaskedLanguageTask, {"tokens": _tokens(2)}, length)
+
+
+def classify(model: nn.Module, layout: Layout, length: int) -> Port:
+    """A model that classifies texts."""
+    return Port(model, layout, ClassifyTask, {"inputs": _tokens(2)}, length)
+
+
+def look(model: nn.Module, layout: Layout, size: int, channels: int) -> Port:
+    """A model that classifies square images."""
+    image = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+    return Port(model, layout, ClassifyTask, {"image": image})
+
+
+def rewrite(model: nn.Module, layout: Layout) -> Port:
+    """A model that reads one text and writes another."""
+    return Port(model, layout, RewriteTask, {"inputs": _tokens(2), "tokens": _tokens(3)})
 
 
 def _tokens(length: int) -> Any:
