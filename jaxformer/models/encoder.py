@@ -74,7 +74,7 @@ class Classifier(nn.Module):
     ) -> jax.Array:
         x_BxLxD = self.encoder(name="encoder")(inputs, valid_BxL=valid_BxL, train=train)
         x_BxD = self.pool(name="pool")(x_BxLxD, valid_BxL)
-        return class_head(self.classes)(name="head")(x_BxD)
+        return constrain(class_head(self.classes)(name="head")(x_BxD), ("batch", "vocab"))
 
 
 def token_classifier(
