@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mesh", help="a file of configs/mesh, such as v5e_256")
     sub.add_argument("--workdir", help="default: runs/<paper>-<preset>")
     sub.add_argument("--stop-after", type=int, metavar="STEP", help="save and leave at this step")
+    sub.add_argument("--profile", metavar="steps=10..15", help="write an xprof trace of these")
 
     sub = verb("multihost", _multihost, "run a verb as several processes on this machine")
     sub.add_argument("--processes", type=int, required=True)
@@ -169,20 +170,27 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     config = load_config(options.config, _on_mesh(options, overrides)[0])
     workdir = Path(options.workdir or f"runs/{_label(options.config)}")
+    import jax
+
     from jaxformer.analyze.summary import parameter_count
     from jaxformer.catalogue import build
+    from jaxformer.evaluation.goodput import goodput
     from jaxformer.evaluation.report import training_report
     from jaxformer.parallel import multihost
     from jaxformer.parallel.mesh import make_mesh
     from jaxformer.recipe import Generates
     from jaxformer.train.fit import FitOptions, fit
+    from jaxformer.train.goodput import traced_steps
     from jaxformer.train.states import restore_averaged
 
+    how = {"profile": traced_steps(options.profile) if options.profile else None}
     multihost.start()
     recipe = build(config)
     mesh = make_mesh(config.mesh.to_dict())
-    settings = FitOptions(seed=config.seed, stop_after=options.stop_after, **config.fit)
+    settings = FitOptions(seed=config.seed, stop_after=options.stop_after, **how, **config.fit)
     fit(recipe, workdir=workdir, mesh=mesh, options=settings)
+    if jax.process_index() == 0:
+        print(f"goodput: {goodput(workdir)}", file=sys.stderr)
     if multihost.several():
         multihost.finish()
         return  # the report's sample needs the weights in one process

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxformer.evaluation.goodput import goodput
 from jaxformer.recipe import Recipe
 from jaxformer.train.metrics import read_jsonl
 
@@ -111,6 +112,7 @@ def training_report(
         "phases": phases,
         "last training loss": last.get("loss", ""),
         f"{recipe.unit}/s (median)": sorted(speeds)[len(speeds) // 2] if speeds else "",
+        "goodput": goodput(folder) or "",
         "steps that were not finite": sum(row.get("nonfinite", 0) > 0 for row in rows),
     }
     text = [f"# {facts['paper']}", ""]

@@ -91,7 +91,8 @@ class Classifier(nn.Module):
         x_BxLxD = self.encoder(name="encoder")(inputs, train=train, **given)
         x = self.pool(name="pool")(x_BxLxD, valid_BxL)
         x = Dropout(self.dropout, name="dropout")(x, train=train)
-        return (self.head or class_head(self.classes))(name="head")(x)
+        logits = (self.head or class_head(self.classes))(name="head")(x)
+        return constrain(logits, ("batch", "vocab"))
 
 
 class MaskedLM(nn.Module):

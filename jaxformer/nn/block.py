@@ -15,6 +15,7 @@ from jaxformer.kernels.attention import Mask
 from jaxformer.nn.dropout import Dropout
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
+from jaxformer.nn.remat import rematerialised
 from jaxformer.parallel.sharding import constrain
 
 
@@ -165,19 +166,19 @@ class CrossBlock(nn.Module):
 class Stack(nn.Module):
     """Blocks one after another, each with parameters of its own: "block_0", "block_1", ...
 
-    `remat` recomputes each block in the backward pass instead of keeping its activations. All
-    arguments after the stream reach every block.
+    `remat` names what the backward pass computes again (`jaxformer.nn.remat`). All arguments after
+    the stream reach every block.
     """
 
     blocks: tuple[Make, ...]
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         def call(block: nn.Module, x_BxLxD: jax.Array) -> jax.Array:
             return block(x_BxLxD, *args, **kwargs)
 
-        call = nn.remat(call) if self.remat else call
+        call = rematerialised(call, self.remat, in_loop=False)
         for i, block in enumerate(self.blocks):
             x_BxLxD = call(block(name=f"block_{i}"), x_BxLxD)
         return x_BxLxD
@@ -192,15 +193,14 @@ class ScannedStack(nn.Module):
 
     block: Make
     depth: int
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         def call(block: nn.Module, x_BxLxD: jax.Array, _: None) -> tuple[jax.Array, None]:
             return block(x_BxLxD, *args, **kwargs), None
 
-        # A loop body is not merged with its recomputation, so the guard against it is not needed.
-        call = nn.remat(call, prevent_cse=False) if self.remat else call
+        call = rematerialised(call, self.remat, in_loop=True)
         scan = nn.scan(call, variable_axes={True: 0}, split_rngs={True: True}, length=self.depth)
         return scan(self.block(name="blocks"), x_BxLxD, None)[0]
 

@@ -24,6 +24,7 @@ from jaxformer.parallel.multihost import first_says, several, told_to_stop
 from jaxformer.parallel.sharding import host_rows, place_batch
 from jaxformer.recipe import Batch, EvalContext, Evaluator, Metrics, Phase, Recipe, TrainState
 from jaxformer.train.checkpoint import Checkpoints
+from jaxformer.train.goodput import Goodput, Trace
 from jaxformer.train.metrics import Jsonl, Progress, Sink, TensorBoard
 from jaxformer.train.states import (
     abstract_states,
@@ -59,6 +60,7 @@ class FitOptions:
     tensorboard: bool = False
     progress: bool = True
     stop_after: int | None = None  # leave at this global step, as if interrupted
+    profile: tuple[int, int] | None = None  # first and last step of a trace in workdir/profile
 
 
 DEFAULTS = FitOptions()
@@ -101,23 +103,26 @@ class _Run:
         stack: contextlib.ExitStack,
     ) -> None:
         self.recipe, self.mesh, self.options, self.workdir = recipe, mesh, options, workdir
+        self.step = 0  # a Python int: reading state.step would wait for the device
         self.progress: Progress | None = None
         self.sinks: list[Sink] = []
         self.checkpoints: Checkpoints | None = None
         if workdir is not None:
             workdir.mkdir(parents=True, exist_ok=True)
+        self.goodput = Goodput(workdir if jax.process_index() == 0 else None)
+        stack.callback(lambda: self.goodput.close(self.step))
+        if workdir is not None:
             self.checkpoints = stack.enter_context(
                 Checkpoints(workdir, keep=options.keep, keep_every=options.keep_every)
             )
         self.abstract = abstract_states(recipe, mesh)
-        self.step = 0  # a Python int: reading state.step would wait for the device
         self.first_phase, self.resumed = 0, False
         saved = self.checkpoints.steps() if self.checkpoints else []
         if self.checkpoints and saved:
             self.step, self.resumed = saved[-1], True
             page = self.checkpoints.meta(self.step)
             self.first_phase = saved_phase(recipe, page)
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh), self.goodput.spent("restore"):
                 self.state = self.checkpoints.restore(
                     self.step, self.abstract[self.first_phase + 1]
                 )
@@ -125,6 +130,9 @@ class _Run:
             with jax.set_mesh(mesh):
                 self.state = initialise(recipe, mesh, options.seed)
         self._open_sinks(stack)
+        stack.callback(self.goodput.book, "save")  # at the end the last checkpoint is waited for
+        self.goodput.write(self.step)
+        self.trace = Trace(options.profile, workdir, self.status)
         self.stop = stack.enter_context(_signals())
         self.stopping = False
         self.saved_at = time.monotonic()
@@ -166,7 +174,8 @@ class _Run:
             go = jax.jit(functools.partial(enter, phase), out_shardings=out)
             self.state = jax.block_until_ready(go(self.state))
         if phase.steps:
-            self._steps(phase, index, end)
+            with self.goodput.spent("steps"):
+                self._steps(phase, index, end)
         last = index == len(self.recipe.phases) - 1
         self._evaluate(phase, [e for e in self.recipe.evaluators if last or e.every == "phase_end"])
         self._save(phase)
@@ -176,20 +185,27 @@ class _Run:
     def _steps(self, phase: Phase, index: int, end: int) -> None:
         """Step until `end`; evaluate, save and leave on the way where that is due."""
         step = step_function(phase, self.abstract[index + 1], self.mesh)
-        window, guard = _Window(), "allow"
+        window, guard, dispatched = _Window(), "allow", 0.0
         pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         with (
             _kernel_plans(self.status),
+            contextlib.closing(self.trace),
             contextlib.closing(self._batches(phase, self.step - end + phase.steps)) as batches,
         ):
             while self.step < end:
-                batch = next(batches)
+                with self.goodput.waiting_for_data(dispatched):
+                    batch = next(batches)
                 # Placing batches and fetching metrics are explicit; anything else that would
                 # cross between host and device inside a step is a bug, and raises. Tracing, in
                 # the first call, may make constants.
-                with jax.transfer_guard(guard):
+                first = guard == "allow"
+                with (
+                    self.trace.step(self.step + 1, self.state),
+                    self.goodput.spent("compile" if first else "steps"),
+                    jax.transfer_guard(guard),
+                ):
                     self.state, metrics = step(self.state, batch)
-                guard = "disallow"
+                guard, dispatched = "disallow", time.monotonic()
                 self.step += 1
                 pending.append((self.step, metrics))
                 # Metrics are read one step late: while the device works on this step the host
@@ -198,8 +214,10 @@ class _Run:
                 due = self._due() if inside else []
                 self.stopping = self._told_to_stop()
                 save = inside and (self._save_due() or self.stopping)
-                while len(pending) > (0 if due or save or not inside else 1):
+                while len(pending) > (0 if due or save or first or not inside else 1):
                     self._read(phase, window, *pending.popleft())
+                if not pending:
+                    self.goodput.finished(dispatched)
                 if due or save or not inside:
                     self._log(phase, window)
                 self._evaluate(phase, due)
@@ -237,14 +255,18 @@ class _Run:
             row = {"step": window.step, "phase": phase.name, **window.close()}
             for sink in self.sinks:
                 sink.write(row)
+            self.goodput.write(self.step)
 
     def _due(self) -> list[Evaluator]:
         every = [e for e in self.recipe.evaluators if isinstance(e.every, int)]
         return [e for e in every if self.step % int(e.every) == 0]
 
     def _evaluate(self, phase: Phase, evaluators: list[Evaluator]) -> None:
-        if not evaluators:
-            return
+        if evaluators:
+            with self.goodput.spent("evaluation"):
+                self._measure(phase, evaluators)
+
+    def _measure(self, phase: Phase, evaluators: list[Evaluator]) -> None:
         context = EvalContext(self.mesh, phase.name, self.workdir)
         state = jax.block_until_ready(averaged(phase.update, self.state))
         row: dict[str, Any] = {"step": self.step, "phase": phase.name}
@@ -275,7 +297,9 @@ class _Run:
         if self.checkpoints is None:
             return
         meta = {"phase": phase.name, "config": dict(self.recipe.config)}
-        self.checkpoints.save(self.step, self.state, meta)
+        with self.goodput.spent("save"):
+            self.checkpoints.save(self.step, self.state, meta)
+        self.goodput.write(self.step)
         self.saved_at = time.monotonic()
 
 

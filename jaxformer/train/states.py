@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxformer import paths
 from jaxformer.parallel.mesh import make_mesh
-from jaxformer.parallel.sharding import batch_sharding, place, rules_of
+from jaxformer.parallel.sharding import batch_sharding, check_rules, place, rules_of
 from jaxformer.recipe import (
     Batch,
     ConfigError,
@@ -26,7 +27,7 @@ from jaxformer.recipe import (
     Update,
 )
 from jaxformer.train.checkpoint import Checkpoints, saved_steps, start_from
-from jaxformer.train.updates import Averages
+from jaxformer.train.updates import Averages, KeepsOnHost
 
 
 def on_device(data: Data | None, batch: Batch) -> Batch:
@@ -56,11 +57,14 @@ def enter(phase: Phase, state: TrainState) -> TrainState:
 
 def abstract_states(recipe: Recipe, mesh: Any) -> list[TrainState]:
     """Shapes, dtypes and shardings of the state: at initialisation, then in each phase."""
-    rules = rules_of(recipe)
     shapes = [jax.eval_shape(lambda: new_state(recipe, jax.random.key(0)))]
     for phase in recipe.phases:
         shapes.append(jax.eval_shape(functools.partial(enter, phase), shapes[-1]))
-    return [place(shape, mesh, rules) for shape in shapes]
+    check_rules(recipe, {name: x for shape in shapes for name, x in paths.leaves(shape).items()})
+    updates = [None, *(phase.update for phase in recipe.phases)]
+    hosts = [update.on_host if isinstance(update, KeepsOnHost) else None for update in updates]
+    rules = rules_of(recipe)
+    return [place(shape, mesh, rules, host) for shape, host in zip(shapes, hosts, strict=True)]
 
 
 def shardings(abstract: Any) -> Any:
