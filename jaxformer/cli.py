@@ -102,8 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--until", type=int, metavar="STEP", help="watch: the last one to wait for")
     sub.add_argument("--output", help="folder of the results; default: the first checkpoint's run")
 
-    sub = verb("import", _import, "make a run of a Hugging Face folder or of an export")
-    sub.add_argument("source", help="folder")
+    sub = verb("import", _import, "make a run of a Hugging Face folder, an export, authors' files")
+    sub.add_argument("source", help="folder, or with --paper a file of tensors")
+    sub.add_argument("--paper", help="the paper whose authors' weights these are")
+    sub.add_argument("--config", help="with --paper: its config, such as pfn:paper")
     sub.add_argument("--workdir", required=True)
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
 
@@ -316,9 +318,16 @@ def _evaluate(options: argparse.Namespace, _: Any) -> None:
         print(text_table([row]), flush=True)
 
 
-def _import(options: argparse.Namespace, _: Any) -> None:
-    from jaxformer.tools.convert import import_folder
+def _import(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from jaxformer.tools.convert import import_authors, import_folder
 
+    if options.paper:
+        fields = {name.replace(".", "__"): value for name, value in overrides.items()}
+        how = {"config": options.config, **fields}
+        print(import_authors(options.paper, options.source, options.workdir, **how))
+        return
+    if options.config or overrides:
+        raise ConfigError("import: --config is for --paper; a folder brings its own")
     print(import_folder(options.source, options.workdir, dtype=options.dtype))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +17,12 @@ from ml_collections import ConfigDict
 
 from jaxformer import paths
 from jaxformer.analyze.summary import parameter_count
-from jaxformer.catalogue import build
+from jaxformer.catalogue import build, paper_module
 from jaxformer.config import load_config
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.evaluators import select_steps
 from jaxformer.interop import huggingface
+from jaxformer.interop.authors import Used
 from jaxformer.interop.layout import place
 from jaxformer.interop.tensors import (
     TensorFileError,
@@ -75,6 +78,46 @@ def import_folder(source: str | Path, workdir: str | Path, *, dtype: Any = None)
         (workdir / TOKENIZER).mkdir()
         huggingface.copy_tokenizer(source, workdir / TOKENIZER)
     return workdir
+
+
+def import_authors(
+    paper: str, file: str | Path, workdir: str | Path, *, config: str | None = None, **fields: Any
+) -> Path:
+    """Make a run of a paper's config from its authors' weights, by their names for them.
+
+    `config` is "<paper>" or "<paper>:<preset>", `fields` its fields as `model__width=256`.
+
+    Raises:
+        ConfigError: the paper has no such mapping, or the weights are not of this config.
+    """
+    module = f"jaxformer.papers.{paper_module(paper).__name__.rpartition('.')[2]}.authors"
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"import: {paper} has no mapping of its authors' weights")
+    names = {name.replace("__", "."): value for name, value in fields.items()}
+    chosen = load_config(config or paper, names)
+    weights = Used(open_tensors(file))
+
+    def read(abstract: TrainState) -> tuple[Any, Any]:
+        params = importlib.import_module(module).read(chosen, weights)
+        ours, wanted = paths.leaves(params), paths.leaves(abstract.params)
+        wrong = sorted(set(ours) ^ set(wanted)) or [
+            name for name, x in ours.items() if x.shape != wanted[name].shape
+        ]
+        if wrong:
+            name = wrong[0]
+            shapes = [tuple(x[name].shape) if name in x else "nothing" for x in (ours, wanted)]
+            raise TensorFileError(
+                f"{file}: gives {shapes[0]} for parameter {name!r}, the config has {shapes[1]} "
+                f"({len(wrong)} differ); set the config's fields to those the weights are of"
+            )
+        if weights.unused:
+            raise TensorFileError(
+                f"{file}: tensor {weights.unused[0]!r} is unknown to {paper} "
+                f"({len(weights.unused)} are); does the config belong to these weights?"
+            )
+        return params, abstract.extra
+
+    return _new_run(build(chosen), Path(workdir), read, None)
 
 
 def pretrained_config(source: Path, workdir: Path) -> ConfigDict:
