@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mesh", help="a file of configs/mesh, such as v5e_256")
     sub.add_argument("--topology", help="v5e:16x16, v5p:8x8x16, h200:8x8, ...; default: the mesh's")
     sub.add_argument("--search", action="store_true", help="find the largest micro-batch")
+    sub.add_argument("--json", action="store_true", help="plain numbers: bytes, FLOPs, seconds")
 
     sub = verb("evaluate", _evaluate, "run a run's evaluators on its checkpoints")
     sub.add_argument("--workdir", required=True)
@@ -267,9 +268,9 @@ def _plan(options: argparse.Namespace, overrides: Any) -> int:
     def load(spec: str, **changes: Any) -> Any:
         return build(load_config(spec, {**overrides, **changes}))
 
-    text, fits = plan(options.config, load, topology, options.search)
-    print(text)
-    return 0 if fits else 1
+    found = plan(options.config, load, topology, options.search)
+    print(json.dumps(found.json(), indent=1) if options.json else found.text())
+    return 0 if found.fits else 1
 
 
 def _evaluate(options: argparse.Namespace, _: Any) -> None:

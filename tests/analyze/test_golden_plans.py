@@ -1,0 +1,101 @@
+"""Where the state of every paper and of the large decoders lies on a pod, and what it needs there.
+
+A change that moves a partition, or any memory by more than 2 %, fails here. Where that is meant:
+    JAXFORMER_WRITE_GOLDEN=1 ./launch/local test --aot tests/analyze/test_golden_plans.py
+and read the difference before it is committed.
+"""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxformer import paths
+from jaxformer.analyze.summary import local_bytes
+from jaxformer.catalogue import load
+from jaxformer.config import papers
+from jaxformer.parallel.mesh import AXES, abstract_mesh, axis_sizes
+from jaxformer.parallel.topology import topology
+from jaxformer.train.states import abstract_states
+from tests.kernels.aot import need
+
+FOLDER = Path(__file__).parent.parent / "golden_plans"
+WRITE = "JAXFORMER_WRITE_GOLDEN"
+DECODERS = ["decoder:gpt2_124m", "decoder:gpt_1p3b", "decoder:llama_7b", "decoder:llama_70b"]
+CONFIGS = [*(f"{paper}:paper" for paper in papers()), *DECODERS]
+TOPOLOGIES = ["v5e:16x16", "v5p:8x8x16", "v6e:16x16", "h200:8x8"]
+COMPILED = [("decoder:gpt2_124m", "v5e:4x4"), ("linear_icl:paper", "v6e:2x2")]
+
+
+def placed(recipe, where):
+    """Partitions and bytes per device of a recipe's state; layers that are alike share a line."""
+    sizes = axis_sizes(recipe.config["mesh"], topology(where).size)
+    states = abstract_states(recipe, abstract_mesh(dict(zip(AXES, sizes, strict=True))))
+    partitions = {}
+    for name, leaf in paths.leaves(states[0].params).items():
+        line = re.sub(r"_\d+(?=/)", "_*", name)
+        shape = "x".join(map(str, leaf.shape))
+        partitions.setdefault(line, set()).add(f"{shape} {leaf.sharding.spec}")
+    memory = {"parameters": local_bytes(states[0].params)}
+    for phase, state in zip(recipe.phases, states[1:], strict=True):
+        memory[f"state of {phase.name}"] = local_bytes(state)
+    mesh = {axis: size for axis, size in zip(AXES, sizes, strict=True) if size > 1}
+    lines = {line: ", ".join(sorted(found)) for line, found in partitions.items()}
+    return {"mesh": mesh, "bytes": memory, "partitions": lines}
+
+
+def compare(path, found, near):
+    """With the file, or write it; the numbers under `near` may differ by 2 %."""
+    if os.environ.get(WRITE):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    assert path.is_file(), f"not committed; {WRITE}=1 writes it"
+    golden = json.loads(path.read_text())
+    for name in golden.keys() | found.keys():
+        for key in near:
+            if key in found.get(name, {}):
+                assert found[name].pop(key) == pytest.approx(golden[name].pop(key), rel=0.02), name
+        assert found.get(name) == golden.get(name), name
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_state_lies_as_committed(config):
+    recipe = load(config)
+    found = {where: placed(recipe, where) for where in TOPOLOGIES}
+    compare(FOLDER / f"{config.replace(':', '-')}.json", found, ["bytes"])
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("config, where", COMPILED)
+def test_compiled_steps_need_what_is_committed(config, where):
+    need("v5e")
+    command = [sys.executable, "-m", "jaxformer", "plan", "--json"]
+    # Without the flags of the tests, which spare the compiler.
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*command, f"--config={config}", f"--topology={where}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    compiler = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    found = {"compiler": compiler, "mesh": plan["mesh"]}
+    for phase in plan["phases"]:
+        memory = {name: phase[name] for name in ("parameters", "optimizer", "temporary", "needed")}
+        sent = {kind: round(traffic["sent"]) for kind, traffic in phase["traffic"].items()}
+        found[phase["phase"]] = {"bytes": memory, "sent": sent, "flops": phase["flops"]}
+    path = FOLDER / f"{config.replace(':', '-')}@{where.replace(':', '-')}.json"
+    if path.is_file() and not os.environ.get(WRITE):
+        of = json.loads(path.read_text())["compiler"]
+        if of != compiler:
+            pytest.skip(f"written with {of}, which is not installed: other compilers need other")
+    compare(path, found, ["bytes", "sent"])
