@@ -95,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", default="last", help="last, all, N or N:M")
     sub.add_argument("--output", help="default: <workdir>/evaluation.json")
 
+    sub = verb("restack", _restack, "a run's layers as a loop, or unrolled again: model.scan")
+    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--to", required=True, help="a new folder, in which the run continues")
+    sub.add_argument("--step", type=int, help="default: the last")
+
     sub = verb("sample", _sample, "continue a prompt with a trained model")
     sub.add_argument("--workdir", required=True)
     sub.add_argument("--step", type=int)
@@ -179,9 +184,9 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from jaxformer.evaluation.report import training_report
     from jaxformer.parallel import multihost
     from jaxformer.parallel.mesh import make_mesh
+    from jaxformer.parallel.trace import traced_steps
     from jaxformer.recipe import Generates
     from jaxformer.train.fit import FitOptions, fit
-    from jaxformer.train.goodput import traced_steps
     from jaxformer.train.states import restore_averaged
 
     how = {"profile": traced_steps(options.profile) if options.profile else None}
@@ -283,6 +288,16 @@ def _evaluate(options: argparse.Namespace, _: Any) -> None:
     output = Path(options.output or Path(options.workdir) / "evaluation.json")
     output.write_text(json.dumps(rows, indent=2) + "\n")
     print(text_table(rows))
+
+
+def _restack(options: argparse.Namespace, _: Any) -> None:
+    _, mesh, saved = _recipe_of_run(options.workdir, options.step)
+    from jaxformer.analyze.restack import restack
+    from jaxformer.catalogue import build
+
+    step = saved[-1] if options.step is None else options.step
+    scan = restack(options.workdir, options.to, build, step, mesh)
+    print(f"{options.to}: step {step}; continue with --config.model.scan={str(scan).lower()}")
 
 
 def _sample(options: argparse.Namespace, _: Any) -> None:
