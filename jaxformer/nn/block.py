@@ -85,7 +85,10 @@ class PostNorm(Residual):
 
 
 class Block(nn.Module):
-    """A mixer, then an MLP, each on a residual branch; `mlp_residual` where theirs differ."""
+    """A mixer, then an MLP, each on a residual branch; `mlp_residual` where theirs differ.
+
+    What a call has beyond the arguments of every `Mixer` goes to the mixer.
+    """
 
     mixer: Make
     mlp: Make
@@ -102,11 +105,12 @@ class Block(nn.Module):
         positions: jax.Array | None = None,
         train: bool = False,
         decode: bool = False,
+        **more: Any,
     ) -> jax.Array:
         mixer, mlp = self.mixer(name="mixer"), self.mlp(name="mlp")
 
         def mix(y_BxLxD: jax.Array) -> jax.Array:
-            options = {"positions": positions, "train": train, "decode": decode}
+            options = {"positions": positions, "train": train, "decode": decode, **more}
             return mixer(y_BxLxD, kv_BxSxD, mask=mask, **options)
 
         def feed(y_BxLxD: jax.Array) -> jax.Array:
@@ -115,6 +119,47 @@ class Block(nn.Module):
         x_BxLxD = self.residual(name="mixer_residual")(x_BxLxD, mix, train=train)
         mlp_residual = self.mlp_residual or self.residual
         x_BxLxD = mlp_residual(name="mlp_residual")(x_BxLxD, feed, train=train)
+        return constrain(x_BxLxD, ("batch", "length", "embed"))
+
+
+class CrossBlock(nn.Module):
+    """A block of a decoder that reads a memory: a mixer, a mixer of the memory `kv`, an MLP.
+
+    `mask` is that of the first, `kv_mask` that of the memory.
+    """
+
+    mixer: Make
+    cross: Make
+    mlp: Make
+    residual: Make = Make(PreNorm)
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        kv_BxSxD: jax.Array,
+        *,
+        mask: Mask,
+        kv_mask: Mask,
+        train: bool = False,
+        decode: bool = False,
+        **more: Any,
+    ) -> jax.Array:
+        mixer, cross = self.mixer(name="mixer"), self.cross(name="cross")
+        mlp = self.mlp(name="mlp")
+
+        def mix(y_BxLxD: jax.Array) -> jax.Array:
+            return mixer(y_BxLxD, mask=mask, train=train, decode=decode, **more)
+
+        def read(y_BxLxD: jax.Array) -> jax.Array:
+            return cross(y_BxLxD, kv_BxSxD, mask=kv_mask, train=train, decode=decode)
+
+        def feed(y_BxLxD: jax.Array) -> jax.Array:
+            return mlp(y_BxLxD, train=train)
+
+        for name, branch in (("mixer", mix), ("cross", read), ("mlp", feed)):
+            residual = self.residual(name=f"{name}_residual")
+            x_BxLxD = residual(x_BxLxD, branch, train=train)
         return constrain(x_BxLxD, ("batch", "length", "embed"))
 
 
