@@ -15,6 +15,8 @@ from jaxformer.parallel.sharding import HOST, axes_of, rule_report, rules_of, sp
 from jaxformer.recipe import Recipe
 from jaxformer.train.states import abstract_states, lower, on_device
 
+MATTERS = 2**16  # elements of a parameter that is worth a sharding rule
+
 
 def parameter_count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
@@ -76,10 +78,12 @@ def describe(recipe: Recipe, mesh: Mesh | AbstractMesh) -> str:
 
 
 def unruled(recipe: Recipe, params: Any) -> list[str]:
-    """A line that names the parameters no sharding rule fits, if there are any."""
-    names = rule_report(paths.leaves(params), rules_of(recipe)).unmatched
+    """A line that names the large parameters no sharding rule fits, if there are any."""
+    leaves = paths.leaves(params)
+    found = rule_report(leaves, rules_of(recipe)).unmatched
+    names = [name for name in found if math.prod(leaves[name].shape) >= MATTERS]
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    return [f"no sharding rule fits {len(names)} parameters: {shown}"] if names else []
+    return [f"no sharding rule fits {len(names)} large parameters: {shown}"] if names else []
 
 
 def _axes(name: str, leaf: Any, recipe: Recipe) -> str:

@@ -30,7 +30,11 @@ WRITE = "JAXFORMER_WRITE_GOLDEN"
 DECODERS = ["decoder:gpt2_124m", "decoder:gpt_1p3b", "decoder:llama_7b", "decoder:llama_70b"]
 CONFIGS = [*(f"{paper}:paper" for paper in papers()), *DECODERS]
 TOPOLOGIES = ["v5e:16x16", "v5p:8x8x16", "v6e:16x16", "h200:8x8"]
-COMPILED = [("decoder:gpt2_124m", "v5e:4x4"), ("linear_icl:paper", "v6e:2x2")]
+COMPILED = [
+    ("decoder:gpt2_124m", "v5e:16x16", {"data": 256}),
+    ("decoder:gpt_1p3b", "v5p:4x4x4", {"data": 4, "fsdp": 16}),
+    ("linear_icl:paper", "v6e:2x2", {"data": 4}),
+]
 
 
 def placed(recipe, where):
@@ -72,14 +76,15 @@ def test_state_lies_as_committed(config):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("config, where", COMPILED)
-def test_compiled_steps_need_what_is_committed(config, where):
+@pytest.mark.parametrize("config, where, mesh", COMPILED)
+def test_compiled_steps_need_what_is_committed(config, where, mesh):
     need("v5e")
+    sizes = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
     command = [sys.executable, "-m", "jaxformer", "plan", "--json"]
     # Without the flags of the tests, which spare the compiler.
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [*command, f"--config={config}", f"--topology={where}"],
+        [*command, f"--config={config}", f"--topology={where}", *sizes],
         env=environment,
         capture_output=True,
         text=True,
