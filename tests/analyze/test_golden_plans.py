@@ -22,7 +22,7 @@ from jaxformer.catalogue import load
 from jaxformer.config import papers
 from jaxformer.parallel.mesh import AXES, abstract_mesh, axis_sizes
 from jaxformer.parallel.topology import topology
-from jaxformer.train.states import abstract_states
+from jaxformer.train.states import abstract_states, on_device
 from tests.kernels.aot import need
 
 FOLDER = Path(__file__).parent.parent / "golden_plans"
@@ -73,6 +73,26 @@ def test_state_lies_as_committed(config):
     recipe = load(config)
     found = {where: placed(recipe, where) for where in TOPOLOGIES}
     compare(FOLDER / f"{config.replace(':', '-')}.json", found, ["bytes"])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_stream_and_output_are_constrained(config):
+    """Every block's stream, what enters the first and what leaves the model: without it the
+    compiler may gather the rows of all devices on each.
+    """
+    recipe = load(config)
+    mesh = abstract_mesh({"data": 4, "fsdp": 2})
+    state, data = abstract_states(recipe, mesh)[0], recipe.phases[0].data
+
+    def loss(params, extra, batch):
+        batch = on_device(data, batch)
+        return recipe.task.loss(params, extra, batch, key=jax.random.key(0), train=False).loss
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.make_jaxpr(loss)(state.params, state.extra, data.spec())
+    text = str(program)
+    blocks = 1 if recipe.config["model"]["scan"] else recipe.config["model"]["depth"]
+    assert text.count("sharding_constraint[") >= blocks + 2
 
 
 @pytest.mark.aot
