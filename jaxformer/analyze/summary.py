@@ -11,11 +11,9 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxformer import paths
 from jaxformer.analyze.flops import count
 from jaxformer.evaluation.report import text_table
-from jaxformer.parallel.sharding import HOST, axes_of, rule_report, rules_of, spec_for
+from jaxformer.parallel.sharding import HOST, LARGE, axes_of, rule_report, rules_of, spec_for
 from jaxformer.recipe import Recipe
 from jaxformer.train.states import abstract_states, lower, on_device
-
-MATTERS = 2**16  # elements of a parameter that is worth a sharding rule
 
 
 def parameter_count(params: Any) -> int:
@@ -81,7 +79,7 @@ def unruled(recipe: Recipe, params: Any) -> list[str]:
     """A line that names the large parameters no sharding rule fits, if there are any."""
     leaves = paths.leaves(params)
     found = rule_report(leaves, rules_of(recipe)).unmatched
-    names = [name for name in found if math.prod(leaves[name].shape) >= MATTERS]
+    names = [name for name in found if _bytes(leaves[name]) >= LARGE]
     shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return [f"no sharding rule fits {len(names)} large parameters: {shown}"] if names else []
 
