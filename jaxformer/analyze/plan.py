@@ -106,16 +106,17 @@ def _compiled(
             complaint=str(error).strip().splitlines()[0],
         )
     memory = compiled.memory_analysis()
-    traffic = collectives(compiled.as_text())
+    traffic = collectives(compiled.as_text(), where.size // where.slices)
     inputs = memory.argument_size_in_bytes
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = inputs + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    link = chip.between if where.slices > 1 else chip.link
+    between = sum(t.between for t in traffic.values())
+    within = sum(t.sent for t in traffic.values()) - between
     seconds = {
         "compute": compute,
         # State is read and written once, what is temporary written and read once.
         "memory": 2 * (inputs + memory.temp_size_in_bytes) / chip.bandwidth,
-        "network": sum(t.sent for t in traffic.values()) / link,
+        "network": within / chip.link + between / chip.between,
     }
     return StepPlan(
         phase=what.name,
@@ -196,7 +197,9 @@ def report(step: StepPlan, mesh: Mesh, where: Topology) -> str:
     )
     lines.append(f"  {step.flops / 1e12:,.1f} TFLOP a step (products only, no recomputation)")
     for kind, traffic in sorted(step.traffic.items()):
-        lines.append(f"  {kind}: {traffic.calls} calls, {gib(traffic.sent)} sent per device")
+        crossing = f", {gib(traffic.between)} between slices" if traffic.between else ""
+        sent = f"{gib(traffic.sent)} sent per device"
+        lines.append(f"  {kind}: {traffic.calls} calls, {sent}{crossing}")
     slowest = max(step.seconds, key=lambda name: step.seconds[name])
     times = ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in step.seconds.items())
     lines.append(
