@@ -18,6 +18,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+# Between slices of TPUs the host sends: what is left of a collective after the part within a slice.
+_BETWEEN = re.compile(r"= \((.*?), u32\[\], token\[\]\) send\(.*xla_megascale_runtime")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
@@ -26,7 +28,7 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 class Traffic:
     """Of one kind of collective: how often it runs, and the bytes that each device sends.
 
-    `between` is the part of `sent` in groups of devices of several slices.
+    `between` is the part of `sent` in groups of devices of several slices or hosts.
     """
 
     calls: int
@@ -35,7 +37,7 @@ class Traffic:
 
 
 def collectives(text: str, slice_size: int | None = None) -> dict[str, Traffic]:
-    """The collectives of one run of a program, by kind; `slice_size` devices are one slice.
+    """The collectives of one run of a program, by kind; `slice_size` devices are one slice or host.
 
     A loop that does not tell how often it turns counts as often as the number that its condition
     compares with. A ring of n devices sends (n - 1) / n of the whole array for a gather or
@@ -61,6 +63,10 @@ def collectives(text: str, slice_size: int | None = None) -> dict[str, Traffic]:
                 crosses = slice_size is not None and len({i // slice_size for i in group}) > 1
                 part = Traffic(times, sent, sent if crosses else 0.0)
                 parts[key] = max(parts.get(key, Traffic(0, 0.0)), part)
+            sent_on = _BETWEEN.search(line)
+            if sent_on:
+                sent = times * sum(_bytes(array) for array in _ARRAY.findall(sent_on[1]))
+                parts["send", line] = Traffic(times, sent, sent)
     found: dict[str, Traffic] = {}
     for (kind, *_), part in parts.items():
         before = found.get(kind, Traffic(0, 0.0))

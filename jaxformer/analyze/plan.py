@@ -106,7 +106,8 @@ def _compiled(
             complaint=str(error).strip().splitlines()[0],
         )
     memory = compiled.memory_analysis()
-    traffic = collectives(compiled.as_text(), where.size // where.slices)
+    near = where.grid[-1] if chip.platform == "cuda" else where.size // where.slices
+    traffic = collectives(compiled.as_text(), near)
     inputs = memory.argument_size_in_bytes
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = inputs + outputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -197,7 +198,9 @@ def report(step: StepPlan, mesh: Mesh, where: Topology) -> str:
     )
     lines.append(f"  {step.flops / 1e12:,.1f} TFLOP a step (products only, no recomputation)")
     for kind, traffic in sorted(step.traffic.items()):
-        crossing = f", {gib(traffic.between)} between slices" if traffic.between else ""
+        crossing = (
+            f", {gib(traffic.between)} of it between slices or hosts" if traffic.between else ""
+        )
         sent = f"{gib(traffic.sent)} sent per device"
         lines.append(f"  {kind}: {traffic.calls} calls, {sent}{crossing}")
     slowest = max(step.seconds, key=lambda name: step.seconds[name])

@@ -93,6 +93,7 @@ def test_collectives_that_leave_a_slice_are_told():
     text = """
 ENTRY %main (p: f32[8]) -> f32[8] {
   %a = f32[8] all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %s = (f32[4]{0}, u32[], token[]) send(%a, %t), channel_id=9, a={x="xla_megascale_runtime"}
   %b = f32[8] all-reduce(%p), channel_id=2, replica_groups=[4,2]<=[2,4]T(1,0)
   %c = f32[8] all-reduce(%p), channel_id=3, replica_groups=[2,4]<=[8]
   %d = f32[8] all-reduce(%p), channel_id=4, replica_groups=mesh['a'=2,'b'=4] {'a'}
@@ -104,6 +105,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     assert found.sent == 2 * 32 * (3 * 3 / 4 + 3 / 2)
     assert found.between == 2 * 32 * 3 / 2  # b, d and f join a device of each slice
     assert collectives(text)["all-reduce"].between == 0
+    assert collectives(text)["send"].between == 16  # by the hosts of TPU slices
 
 
 def test_topologies_are_named():
