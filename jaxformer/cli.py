@@ -90,10 +90,38 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--search", action="store_true", help="find the largest micro-batch")
     sub.add_argument("--json", action="store_true", help="plain numbers: bytes, FLOPs, seconds")
 
-    sub = verb("evaluate", _evaluate, "run a run's evaluators on its checkpoints")
-    sub.add_argument("--workdir", required=True)
+    sub = verb("evaluate", _evaluate, "measure checkpoints, one or many, side by side")
+    sub.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="run or folder")
     sub.add_argument("--steps", default="last", help="last, all, N or N:M")
-    sub.add_argument("--output", help="default: <workdir>/evaluation.json")
+    sub.add_argument("--text", action="append", help="a glob of text files: perplexity")
+    sub.add_argument("--images", help="folder of classes, TFDS folder:split, or digits: accuracy")
+    sub.add_argument("--choices", help='lines {"question", "choices", "answer"}: accuracy')
+    sub.add_argument("--own", action="store_true", help="the run's evaluators beside the exams")
+    sub.add_argument("--length", type=int, help="tokens of a window of text")
+    sub.add_argument("--batch", type=int, help="rows; default: as many as fit, at most 32")
+    sub.add_argument("--watch", action="store_true", help="each new checkpoint as it is written")
+    sub.add_argument("--until", type=int, metavar="STEP", help="watch: the last one to wait for")
+    sub.add_argument("--output", help="folder of the results; default: the first checkpoint's run")
+
+    sub = verb("import", _import, "make a run of a Hugging Face folder, an export, authors' files")
+    sub.add_argument("source", help="folder, or with --paper a file of tensors")
+    sub.add_argument("--paper", help="the paper whose authors' weights these are")
+    sub.add_argument("--config", help="with --paper: its config, such as pfn:paper")
+    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+
+    for name, run, text in (
+        ("export", _export, "write a run's weights as safetensors, with config and model card"),
+        ("convert", _convert, "make a run of another's weights: averaged, cast, stacked"),
+    ):
+        sub = verb(name, run, text)
+        sub.add_argument("run_folder", metavar="RUN")
+        sub.add_argument("out", metavar="OUT", help="a new folder")
+        sub.add_argument("--steps", default="last", help="last, all, N or N:M; several: their mean")
+        sub.add_argument("--weights", choices=("averaged", "raw"), default="averaged")
+        sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+        if name == "convert":
+            sub.add_argument("--layers", choices=("stacked", "unrolled"))
 
     sub = verb("restack", _restack, "a run's layers as a loop, or unrolled again: model.scan")
     sub.add_argument("--workdir", required=True)
@@ -109,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=int)
     sub.add_argument("--top-p", type=float)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--stream", action="store_true", help="print tokens as they come")
 
     sub = verb("reproduce", _reproduce, "measure the claims of a paper")
     sub.add_argument("paper", help="a paper, or all")
@@ -245,20 +274,6 @@ def _show(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(describe(build(config), make_mesh(config.mesh.to_dict())))
 
 
-def _recipe_of_run(workdir: str, step: int | None = None) -> Any:
-    """The recipe and mesh of a run, rebuilt from the config in its checkpoint."""
-    from ml_collections import ConfigDict
-
-    from jaxformer.catalogue import build
-    from jaxformer.parallel.mesh import make_mesh
-    from jaxformer.train.checkpoint import Checkpoints, saved_steps
-
-    steps = saved_steps(workdir)
-    with Checkpoints(workdir) as checkpoints:
-        config = ConfigDict(checkpoints.meta(steps[-1] if step is None else step)["config"])
-    return build(config), make_mesh(config.mesh.to_dict()), steps
-
-
 def _plan(options: argparse.Namespace, overrides: Any) -> int:
     from jaxformer.config import load_config
 
@@ -279,15 +294,61 @@ def _plan(options: argparse.Namespace, overrides: Any) -> int:
 
 
 def _evaluate(options: argparse.Namespace, _: Any) -> None:
-    recipe, mesh, saved = _recipe_of_run(options.workdir)
-    from jaxformer.evaluation.evaluators import evaluate, select_steps
+    from jaxformer.evaluation.exams import ImageAccuracy, MultipleChoice, Perplexity
     from jaxformer.evaluation.report import text_table
+    from jaxformer.interop.huggingface import is_folder
+    from jaxformer.tools.evaluate import evaluate, watch, write_results
 
-    results = evaluate(recipe, options.workdir, steps=select_steps(saved, options.steps), mesh=mesh)
-    rows = [{"step": step, **values} for step, values in results.items()]
-    output = Path(options.output or Path(options.workdir) / "evaluation.json")
-    output.write_text(json.dumps(rows, indent=2) + "\n")
-    print(text_table(rows))
+    exams: list[Any] = []
+    if options.text:
+        exams.append(Perplexity(tuple(options.text), options.length, options.batch))
+    if options.images:
+        exams.append(ImageAccuracy(options.images, options.batch))
+    if options.choices:
+        exams.append(MultipleChoice(options.choices, options.batch))
+    own = options.own or not exams
+    first = Path(options.checkpoints[0])
+    folder = Path(options.output or (f"runs/{first.name}" if is_folder(first) else first))
+    if not options.watch:
+        rows = evaluate(options.checkpoints, steps=options.steps, exams=exams, own=own)
+        paths = write_results(rows, folder)
+        print(text_table(rows))
+        print(f"results: {', '.join(map(str, paths))}")
+        return
+    if len(options.checkpoints) > 1 or is_folder(first):
+        raise ConfigError("watch: give the workdir of one run that is being trained")
+    rows = []
+    for row in watch(first, exams=exams, own=own, until=options.until):
+        rows.append(row)
+        write_results(rows, folder)
+        print(text_table([row]), flush=True)
+
+
+def _import(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from jaxformer.tools.convert import import_authors, import_folder
+
+    if options.paper:
+        fields = {name.replace(".", "__"): value for name, value in overrides.items()}
+        how = {"config": options.config, **fields}
+        print(import_authors(options.paper, options.source, options.workdir, **how))
+        return
+    if options.config or overrides:
+        raise ConfigError("import: --config is for --paper; a folder brings its own")
+    print(import_folder(options.source, options.workdir, dtype=options.dtype))
+
+
+def _export(options: argparse.Namespace, _: Any) -> None:
+    from jaxformer.tools.convert import export
+
+    how = {"steps": options.steps, "weights": options.weights, "dtype": options.dtype}
+    print(export(options.run_folder, options.out, **how))
+
+
+def _convert(options: argparse.Namespace, _: Any) -> None:
+    from jaxformer.tools.convert import convert
+
+    how = {"steps": options.steps, "weights": options.weights, "dtype": options.dtype}
+    print(convert(options.run_folder, options.out, layers=options.layers, **how))
 
 
 def _restack(options: argparse.Namespace, _: Any) -> None:
@@ -301,30 +362,38 @@ def _restack(options: argparse.Namespace, _: Any) -> None:
 
 
 def _sample(options: argparse.Namespace, _: Any) -> None:
-    recipe, mesh, _ = _recipe_of_run(options.workdir, options.step)
     import jax
 
     from jaxformer.recipe import Generates
     from jaxformer.sampling.autoregressive import generate
-    from jaxformer.train.states import restore_averaged
+    from jaxformer.tools.subject import open_subject, run_prompt
 
-    if not isinstance(recipe.task, Generates):
-        raise ConfigError(
-            f"sample: {recipe.config['paper']} is no language model; it cannot generate"
-        )
-    _, state = restore_averaged(recipe, options.workdir, step=options.step, mesh=mesh)
-    prompts = options.prompt or [recipe.config["sample"]["prompt"]]
+    subject = open_subject(options.workdir, options.step)
+    if not isinstance(subject.task, Generates):
+        raise ConfigError(f"sample: {subject.name} is no language model; it cannot generate")
+    prompts = options.prompt or [run_prompt(options.workdir)]
+
+    def show(row: int, token: int) -> None:
+        print(subject.task.decode([token]), end="", flush=True)  # type: ignore[attr-defined]
+
+    stream = options.stream and len(prompts) == 1
+    if stream:
+        print(prompts[0], end="")
     texts = generate(
-        recipe.task,
-        state.params,
-        state.extra,
+        subject.task,
+        subject.state.params,
+        subject.state.extra,
         prompts,
         length=options.length,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         key=jax.random.key(options.seed),
+        on_token=show if stream else None,
     )
+    if stream:
+        print()
+        return
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text)
 

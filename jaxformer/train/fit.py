@@ -120,13 +120,12 @@ class _Run:
         self.first_phase, self.resumed = 0, False
         saved = self.checkpoints.steps() if self.checkpoints else []
         if self.checkpoints and saved:
-            self.step, self.resumed = saved[-1], True
+            self.step = saved[-1]
             page = self.checkpoints.meta(self.step)
-            self.first_phase = saved_phase(recipe, page)
+            phase = saved_phase(recipe, page)
+            self.first_phase, self.resumed = max(phase, 0), phase >= 0
             with jax.set_mesh(mesh), self.goodput.spent("restore"):
-                self.state = self.checkpoints.restore(
-                    self.step, self.abstract[self.first_phase + 1]
-                )
+                self.state = self.checkpoints.restore(self.step, self.abstract[phase + 1])
         else:
             with jax.set_mesh(mesh):
                 self.state = initialise(recipe, mesh, options.seed)

@@ -29,6 +29,8 @@ from jaxformer.recipe import (
 from jaxformer.train.checkpoint import Checkpoints, saved_steps, start_from
 from jaxformer.train.updates import Averages, KeepsOnHost
 
+INITIAL = "initial"  # the phase of a checkpoint from before the first one: imported parameters
+
 
 def on_device(data: Data | None, batch: Batch) -> Batch:
     """The arrays of a batch, drawn here if its data draws on device."""
@@ -141,10 +143,26 @@ def _restore(
     with Checkpoints(workdir) as checkpoints, jax.set_mesh(mesh):
         index = saved_phase(recipe, checkpoints.meta(step))
         abstract = abstract_states(recipe, mesh)[index + 1]
-        return recipe.phases[index], checkpoints.restore(step, abstract)
+        phase = recipe.phases[index] if index >= 0 else Phase(INITIAL)
+        return phase, checkpoints.restore(step, abstract)
+
+
+def start_run(recipe: Recipe, workdir: str | Path, state: TrainState) -> None:
+    """Save `state` as the beginning of a run in a new `workdir`: what `fit` then starts from.
+
+    Raises:
+        ConfigError: `workdir` holds a run already.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        if checkpoints.steps():
+            raise ConfigError(f"workdir: {workdir} holds a run already; give a new folder")
+        checkpoints.save(0, state, {"phase": INITIAL, "config": dict(recipe.config)})
 
 
 def saved_phase(recipe: Recipe, meta: Mapping[str, Any]) -> int:
+    """The number of the phase a checkpoint was saved in; -1 before the first."""
+    if meta["phase"] == INITIAL:
+        return -1
     names = [phase.name for phase in recipe.phases]
     if meta["phase"] not in names:
         raise ConfigError(

@@ -18,7 +18,7 @@ from jaxformer.data.base import Deferred, Epoch, Example, IndexedData
 from jaxformer.data.sources.tokenizers import Tokenizer, load_tokenizer, tokenizer_files
 from jaxformer.recipe import ConfigError
 
-__all__ = ["PYTHON_STDLIB", "Corpus", "Text", "Windows", "load_corpus"]
+__all__ = ["PYTHON_STDLIB", "Corpus", "Text", "Windows", "encode_files", "load_corpus"]
 
 PYTHON_STDLIB = "python-stdlib"
 _NOT_LIBRARY = frozenset(
@@ -152,6 +152,22 @@ def _tokens(text: str | Sequence[str], tokenizer_spec: str, cache: str | Path | 
     if not len(tokens):
         raise ConfigError(f"data.text: {text!r} is empty; give files with text")
     return tokens
+
+
+def encode_files(text: str | Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+    """All tokens (T,) of the files that globs name, and how many bytes of text they stand for.
+
+    Every text begins and ends as the tokenizer has it.
+    """
+    pieces, size = [np.zeros(0, np.int32)], 0
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    for document in _read(text, _find(text)):
+        tokens = tokenizer.encode(document)
+        pieces.append(np.asarray([*tokenizer.begin_of_text, *tokens, *end], np.int32))
+        size += len(document.encode())
+    if not size:
+        raise ConfigError(f"data.text: {text!r} is empty; give files with text")
+    return np.concatenate(pieces), size
 
 
 def _find(text: str | Sequence[str]) -> list[Path]:
