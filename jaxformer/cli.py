@@ -352,12 +352,10 @@ def _convert(options: argparse.Namespace, _: Any) -> None:
 
 
 def _restack(options: argparse.Namespace, _: Any) -> None:
-    _, mesh, saved = _recipe_of_run(options.workdir, options.step)
     from jaxformer.analyze.restack import restack
     from jaxformer.catalogue import build
 
-    step = saved[-1] if options.step is None else options.step
-    scan = restack(options.workdir, options.to, build, step, mesh)
+    step, scan = restack(options.workdir, options.to, build, options.step)
     print(f"{options.to}: step {step}; continue with --config.model.scan={str(scan).lower()}")
 
 
