@@ -22,9 +22,10 @@ from jaxformer.data.base import prefetch
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.parallel.multihost import first_says, several, told_to_stop
 from jaxformer.parallel.sharding import host_rows, place_batch
+from jaxformer.parallel.trace import Trace
 from jaxformer.recipe import Batch, EvalContext, Evaluator, Metrics, Phase, Recipe, TrainState
 from jaxformer.train.checkpoint import Checkpoints
-from jaxformer.train.goodput import Goodput, Trace
+from jaxformer.train.goodput import Goodput
 from jaxformer.train.metrics import Jsonl, Progress, Sink, TensorBoard
 from jaxformer.train.states import (
     abstract_states,
