@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxformer.errors import ConfigError
+from jaxformer.errors import STOPPED, ConfigError
 
 DEFAULT = "flowformer:small"
-STOPPED = 75  # EX_TEMPFAIL: left on a signal or for want of peers; the same command continues
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,14 +37,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _unfinished(error: Exception) -> int:
     """The exit code of a run that did not end as it should; raises what nobody expects."""
-    from jaxformer.parallel.multihost import PeersLost, leave, lost
+    from jaxformer.parallel.multihost import PeersLost, leave, lost, several
+    from jaxformer.train.checkpoint import CheckpointDamaged, CheckpointFailed
     from jaxformer.train.fit import Interrupted, NonFiniteError
 
     gone = error if isinstance(error, PeersLost) else lost(error)
     if gone is not None:
         leave(_fail(gone, STOPPED))
-    if isinstance(error, Interrupted | NonFiniteError):
-        return _fail(error, STOPPED if isinstance(error, Interrupted) else 1)
+    if isinstance(error, Interrupted):
+        return _fail(error, STOPPED)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or isinstance(error, NonFiniteError | CheckpointFailed | CheckpointDamaged):
+        code = _fail(error, 1)
+        # A normal exit would wait for peers, and for threads that a full disk has left behind.
+        return leave(code) if several() or not isinstance(error, NonFiniteError) else code
     raise error
 
 
@@ -169,6 +175,8 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     config = load_config(options.config, _on_mesh(options, overrides)[0])
     workdir = Path(options.workdir or f"runs/{_label(options.config)}")
+    import jax
+
     from jaxformer.analyze.summary import parameter_count
     from jaxformer.catalogue import build
     from jaxformer.evaluation.report import training_report
@@ -183,27 +191,27 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     mesh = make_mesh(config.mesh.to_dict())
     settings = FitOptions(seed=config.seed, stop_after=options.stop_after, **config.fit)
     fit(recipe, workdir=workdir, mesh=mesh, options=settings)
-    if multihost.several():
-        multihost.finish()
-        return  # the report's sample needs the weights in one process
     _, state = restore_averaged(recipe, workdir, mesh=mesh)
     samples: list[str] = []
     if isinstance(recipe.task, Generates) and "sample" in config:
         from jaxformer.sampling.autoregressive import generate
 
         prompt = config.sample.prompt
-        (text,) = generate(
-            recipe.task,
-            state.params,
-            state.extra,
-            [prompt],
-            length=config.sample.length,
-            temperature=config.sample.temperature,
-            key=state.key,
-        )
+        with jax.set_mesh(mesh):  # all processes draw together, each with its part of the weights
+            (text,) = generate(
+                recipe.task,
+                state.params,
+                state.extra,
+                [prompt],
+                length=config.sample.length,
+                temperature=config.sample.temperature,
+                key=state.key,
+            )
         samples = [prompt + text]
     count = parameter_count(state.params)
-    print(training_report(recipe, workdir, parameters=count, samples=samples))
+    if jax.process_index() == 0:
+        print(training_report(recipe, workdir, parameters=count, samples=samples))
+    multihost.finish()
 
 
 def _multihost(options: argparse.Namespace, _: Any) -> int:

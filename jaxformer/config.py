@@ -48,6 +48,7 @@ def base(paper: str) -> ConfigDict:
                 "checkpoint_minutes": 10.0,
                 "keep": 3,
                 "max_bad_steps": 20,
+                "hang_minutes": 30.0,  # a process that stands still so long is ended; 0: never
                 "tensorboard": False,
             },
             "evaluate": {"every": 0, "batches": 0},  # steps, 0: at the end; batches, 0: all

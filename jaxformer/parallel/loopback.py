@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+from jaxformer.errors import STOPPED
+
 GRACE = 20.0  # seconds for the others to leave by themselves once one has
 
 
@@ -22,7 +24,7 @@ def run(command: Sequence[str], processes: int, devices: int = 1, restarts: int 
     """
     for attempt in range(restarts + 1):
         code = _once(command, processes, devices)
-        again = code < 0 or code == 75  # killed, or asks for it (jaxformer.cli.STOPPED)
+        again = code < 0 or code == STOPPED  # killed, or asks for it
         if not again or attempt == restarts:
             break
         print(f"multihost: exit code {code}; start {attempt + 2}", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 import jax
+import numpy as np
 from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
@@ -128,6 +129,11 @@ def several() -> bool:
 def first_says(yes: bool) -> bool:
     """What the first process says, in all of them. All must ask at the same step."""
     return bool(multihost_utils.broadcast_one_to_all(yes)) if several() else yes
+
+
+def all_say(yes: bool) -> bool:
+    """Whether every process says yes. All must ask at the same point."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(yes)))) if several() else yes
 
 
 def told_to_stop(step: int) -> bool:

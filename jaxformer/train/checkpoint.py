@@ -1,24 +1,34 @@
 """Checkpoints: a plain nested dict of arrays and a JSON page, written by orbax in the background.
 
 `<workdir>/checkpoints/<step>/state` holds the arrays under the names of `jaxformer.paths`,
-`.../meta` what else a run needs: phase, config, versions, layout. The layout is a public
-contract: changing a name needs an entry in `MIGRATIONS` and a new golden checkpoint in the tests.
+`.../meta` what else a run needs: phase, config, versions, layout; `.../digest.*` checksums. The
+layout is a public contract: changing a name needs an entry in `MIGRATIONS` and a new golden
+checkpoint in the tests. `workdir` is any path that etils knows, such as gs://bucket/run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.metadata
+import logging
+import os
 import re
+import sys
+import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from jaxformer import paths
-from jaxformer.parallel.multihost import lost
+from jaxformer.parallel.multihost import all_say, lost
 from jaxformer.recipe import ConfigError, InitFrom, TrainState
+from jaxformer.storage import digest
+from jaxformer.storage.digest import CheckpointDamaged
 
 LAYOUT = 1
 # {n: what a leaf of layout n + 1 was called in layout n}
@@ -47,20 +57,38 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
+def _not_raised(record: logging.LogRecord) -> bool:
+    """Whether to keep a log record: not the pages of traceback of what orbax raises as well."""
+    trace = record.exc_info[2] if record.exc_info else None
+    return "orbax" not in "".join(traceback.format_tb(trace))
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: closing waits for the last write."""
 
     def __init__(
-        self, workdir: str | Path, *, keep: int | None = None, keep_every: int | None = None
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
     ) -> None:
         """Keep the newest `keep` checkpoints (all when None) and every `keep_every`-th step."""
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = epath.Path(workdir).absolute() / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every)
         # Handlers are named so that a manager that has not saved yet can read metadata too.
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=handlers
         )
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_raised)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -69,31 +97,119 @@ class Checkpoints:
         if error is not None and lost(error):
             return  # what is being written waits for a process that is gone
         # An exit without close leaves orbax's event loop to print a storm of errors.
+        failed = isinstance(error, CheckpointFailed)
         try:
-            self._manager.wait_until_finished()
+            if not failed:
+                self.wait()
+        except CheckpointFailed:
+            failed = True
+            raise
         finally:
-            self._manager.close()
+            self._background.shutdown()
+            with contextlib.suppress(*([Exception] if failed else [])):
+                self._manager.close()  # says once more what failed
 
     def steps(self) -> list[int]:
         """Saved steps, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def newest(self) -> int | None:
+        """The newest step that is whole, None if nothing was saved; damaged ones are set aside.
+
+        Raises:
+            CheckpointDamaged: there are checkpoints, and all are damaged.
+        """
+        damaged = None
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+                return step
+            except CheckpointDamaged as error:
+                damaged = error
+            print(f"checkpoint {step} is damaged and skipped: {damaged}", file=sys.stderr)
+            if jax.process_index() == 0:
+                (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+            all_say(True)  # nobody looks before it is renamed
+            self._manager.reload()
+        if damaged is not None:
+            raise CheckpointDamaged(f"no whole checkpoint is left in {self.directory}: {damaged}")
+        return None
+
+    def verify(self, step: int) -> None:
+        """Compare a saved step with its checksums, where it has some.
+
+        Raises:
+            CheckpointDamaged: it is not what was written; the same in all processes.
+        """
+        fault = None
+        try:
+            folder = self.directory / str(step)
+            digest.verify(folder, jax.process_index(), jax.process_count())
+        except CheckpointDamaged as error:
+            fault = error
+        if not all_say(fault is None):
+            raise fault or CheckpointDamaged("another process says so")
+
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Start writing; returns once the arrays are copied off the device.
 
         A phase without steps ends at the step of the one before and takes its place.
+
+        Raises:
+            CheckpointFailed: the one before could not be written.
         """
+        self.wait()
         if step in self.steps():
-            self.wait()
             self._manager.delete(step)
         page = {**meta, "step": step, "layout": LAYOUT, "versions": versions()}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(paths.nest(flatten(state))), meta=ocp.args.JsonSave(page)
         )
-        self._manager.save(step, args=items, force=True)
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._saving = self._background.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        """In the background: wait for the last byte, then note the checksums."""
+        try:
+            self._manager.wait_until_finished()
+            folder = self.directory / str(step)
+            digest.write(folder, jax.process_index(), jax.process_count())
+        except Exception as error:
+            raise self._failure(step, error) from error
+
+    def _failure(self, step: int, error: Exception) -> Exception:
+        if lost(error):
+            return error
+        text = " ".join(str(error).split())
+        # TensorStore writes less than it wanted and says only that.
+        signs = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "RESOURCE_EXHAUSTED")
+        full = any(sign in text for sign in signs)
+        why = "the disk is full" if full else f"{type(error).__name__}: {text[:200]}"
+        before = [saved for saved in self.steps() if saved != step]
+        kept = f"the newest whole one is {before[-1]}" if before else "there is none before it"
+        remedy = "free some space" if full else "see to the cause"
+        return CheckpointFailed(
+            f"checkpoint {step} could not be written to {self.directory}: {why}; {kept}; {remedy} "
+            "and run again to continue"
+        )
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did by now."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Wait for the write under way.
+
+        Raises:
+            CheckpointFailed: it could not be written.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON page of a saved step.
@@ -164,13 +280,13 @@ class Checkpoints:
                 )
 
 
-def saved_steps(workdir: str | Path) -> list[int]:
+def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
     """The checkpoints of a run.
 
     Raises:
         ConfigError: there are none.
     """
-    if not (Path(workdir) / "checkpoints").is_dir():
+    if not (epath.Path(workdir) / "checkpoints").is_dir():
         raise ConfigError(
             f"workdir: no checkpoints in {workdir}; give the --workdir of a training run"
         )

@@ -7,21 +7,24 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from jaxformer import paths
 from jaxformer.data.base import prefetch
+from jaxformer.errors import STOPPED
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.parallel.multihost import first_says, several, told_to_stop
 from jaxformer.parallel.sharding import host_rows, place_batch
+from jaxformer.parallel.watchdog import Watchdog
 from jaxformer.recipe import Batch, EvalContext, Evaluator, Metrics, Phase, Recipe, TrainState
 from jaxformer.train.checkpoint import Checkpoints
 from jaxformer.train.metrics import Jsonl, Progress, Sink, TensorBoard
@@ -58,6 +61,7 @@ class FitOptions:
     max_bad_steps: int = 20  # non-finite steps in a row before the run stops
     tensorboard: bool = False
     progress: bool = True
+    hang_minutes: float = 0.0  # a process that stands still so long is ended; 0: it waits for ever
     stop_after: int | None = None  # leave at this global step, as if interrupted
 
 
@@ -67,7 +71,7 @@ DEFAULTS = FitOptions()
 def fit(
     recipe: Recipe,
     *,
-    workdir: str | Path | None = None,
+    workdir: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
     options: FitOptions = DEFAULTS,
 ) -> TrainState:
@@ -79,10 +83,12 @@ def fit(
         ConfigError: the recipe and the checkpoint, the batch or the mesh do not fit.
         NonFiniteError: after `options.max_bad_steps` such steps in a row; a checkpoint is saved.
         Interrupted: on SIGTERM, SIGINT or `options.stop_after`, once a checkpoint is saved.
+        CheckpointFailed: a checkpoint could not be written, as on a full disk.
+        CheckpointDamaged: `workdir` has checkpoints and not one is whole.
     """
     mesh = mesh or make_mesh()
     with contextlib.ExitStack() as stack:
-        run = _Run(recipe, mesh, options, Path(workdir) if workdir else None, stack)
+        run = _Run(recipe, mesh, options, epath.Path(workdir) if workdir else None, stack)
         stack.enter_context(jax.set_mesh(mesh))
         for index in range(run.first_phase, len(recipe.phases)):
             run.phase(index)
@@ -97,13 +103,16 @@ class _Run:
         recipe: Recipe,
         mesh: Mesh,
         options: FitOptions,
-        workdir: Path | None,
+        workdir: epath.Path | None,
         stack: contextlib.ExitStack,
     ) -> None:
         self.recipe, self.mesh, self.options, self.workdir = recipe, mesh, options, workdir
         self.progress: Progress | None = None
         self.sinks: list[Sink] = []
         self.checkpoints: Checkpoints | None = None
+        self.doing: Callable[..., object] = lambda what, **_: None
+        if options.hang_minutes:
+            self.doing = stack.enter_context(Watchdog(options.hang_minutes, STOPPED)).doing
         if workdir is not None:
             workdir.mkdir(parents=True, exist_ok=True)
             self.checkpoints = stack.enter_context(
@@ -112,9 +121,9 @@ class _Run:
         self.abstract = abstract_states(recipe, mesh)
         self.step = 0  # a Python int: reading state.step would wait for the device
         self.first_phase, self.resumed = 0, False
-        saved = self.checkpoints.steps() if self.checkpoints else []
-        if self.checkpoints and saved:
-            self.step, self.resumed = saved[-1], True
+        newest = self.checkpoints.newest() if self.checkpoints else None
+        if self.checkpoints and newest is not None:
+            self.step, self.resumed = newest, True
             page = self.checkpoints.meta(self.step)
             self.first_phase = saved_phase(recipe, page)
             with jax.set_mesh(mesh):
@@ -183,7 +192,9 @@ class _Run:
             contextlib.closing(self._batches(phase, self.step - end + phase.steps)) as batches,
         ):
             while self.step < end:
+                self.doing(f"reading the batch of step {self.step + 1}", data=True)
                 batch = next(batches)
+                self.doing(f"in step {self.step + 1}")
                 # Placing batches and fetching metrics are explicit; anything else that would
                 # cross between host and device inside a step is a bug, and raises. Tracing, in
                 # the first call, may make constants.
@@ -233,6 +244,8 @@ class _Run:
             self._log(phase, window)
 
     def _log(self, phase: Phase, window: _Window) -> None:
+        if self.checkpoints:
+            self.checkpoints.check()
         if window.count:
             row = {"step": window.step, "phase": phase.name, **window.close()}
             for sink in self.sinks:
@@ -245,7 +258,9 @@ class _Run:
     def _evaluate(self, phase: Phase, evaluators: list[Evaluator]) -> None:
         if not evaluators:
             return
-        context = EvalContext(self.mesh, phase.name, self.workdir)
+        alive = functools.partial(self.doing, f"evaluating step {self.step}")
+        alive()
+        context = EvalContext(self.mesh, phase.name, self.workdir, alive)
         state = jax.block_until_ready(averaged(phase.update, self.state))
         row: dict[str, Any] = {"step": self.step, "phase": phase.name}
         for evaluator in evaluators:
@@ -274,6 +289,7 @@ class _Run:
     def _save(self, phase: Phase) -> None:
         if self.checkpoints is None:
             return
+        self.doing(f"saving step {self.step}")
         meta = {"phase": phase.name, "config": dict(self.recipe.config)}
         self.checkpoints.save(self.step, self.state, meta)
         self.saved_at = time.monotonic()
