@@ -7,6 +7,7 @@ import ast
 import errno
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,14 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{options.verb}: unknown argument {rest[0]!r}")
         return int(options.run(options, overrides) or 0)
     except ConfigError as error:
-        return _fail(error, 2)
+        return _alone(_fail(error, 2))
     except Exception as error:
         return _unfinished(error)
 
 
 def _unfinished(error: Exception) -> int:
     """The exit code of a run that did not end as it should; raises what nobody expects."""
-    from jaxformer.parallel.multihost import PeersLost, leave, lost, several
+    from jaxformer.parallel.multihost import PeersLost, leave, lost
     from jaxformer.train.checkpoint import CheckpointDamaged, CheckpointFailed
     from jaxformer.train.fit import Interrupted, NonFiniteError
 
@@ -47,11 +48,23 @@ def _unfinished(error: Exception) -> int:
     if isinstance(error, Interrupted):
         return _fail(error, STOPPED)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or isinstance(error, NonFiniteError | CheckpointFailed | CheckpointDamaged):
-        code = _fail(error, 1)
-        # A normal exit would wait for peers, and for threads that a full disk has left behind.
-        return leave(code) if several() or not isinstance(error, NonFiniteError) else code
+    if isinstance(error, CheckpointFailed):
+        leave(_fail(error, 1))  # a normal exit says again what is left of the write
+    if full or isinstance(error, NonFiniteError | CheckpointDamaged):
+        return _alone(_fail(error, 1))
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        traceback.print_exception(error)
+        return _alone(1)
     raise error
+
+
+def _alone(code: int) -> int:
+    """The exit code; one of several processes leaves here, as a normal exit waits for the rest."""
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        from jaxformer.parallel.multihost import leave
+
+        leave(code)
+    return code
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -84,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--devices", type=int, default=1, help="simulated devices of each, on a CPU")
     sub.add_argument("--restarts", type=int, default=0, help="start again if one stops or dies")
     sub.add_argument("command", nargs=argparse.REMAINDER, help="-- train --config ...")
+
+    sub = verb("soak", _soak, "hit a small run with every fault, and kill -9 until time is up")
+    sub.add_argument("--minutes", type=float, default=20.0)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--output", default="results/soak.json")
 
     sub = verb("show", _show, "what a config is: phases, parameters, sharding, FLOPs, memory")
     sub.add_argument("config", help="file or paper, with :preset")
@@ -221,6 +239,12 @@ def _multihost(options: argparse.Namespace, _: Any) -> int:
     if not command or options.processes < 1:
         raise ConfigError("multihost: give --processes N -- VERB ..., such as -- train")
     return run(command, options.processes, options.devices, options.restarts)
+
+
+def _soak(options: argparse.Namespace, _: Any) -> int:
+    from jaxformer.soak import soak
+
+    return 0 if soak(options.minutes, options.seed, Path(options.output)) else 1
 
 
 def _label(spec: str) -> str:
