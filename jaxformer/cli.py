@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxformer import launchers
 from jaxformer.errors import STOPPED, ConfigError
 
 DEFAULT = "flowformer:small"
@@ -97,6 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--devices", type=int, default=1, help="simulated devices of each, on a CPU")
     sub.add_argument("--restarts", type=int, default=0, help="start again if one stops or dies")
     sub.add_argument("command", nargs=argparse.REMAINDER, help="-- train --config ...")
+
+    sub = verb("launch", _launch, "hand a run to a cluster's scheduler: files, and the command")
+    launchers.add_arguments(sub)
 
     sub = verb("soak", _soak, "hit a small run with every fault, and kill -9 until time is up")
     sub.add_argument("--minutes", type=float, default=20.0)
@@ -239,6 +243,10 @@ def _multihost(options: argparse.Namespace, _: Any) -> int:
     if not command or options.processes < 1:
         raise ConfigError("multihost: give --processes N -- VERB ..., such as -- train")
     return run(command, options.processes, options.devices, options.restarts)
+
+
+def _launch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    launchers.launch(options, overrides)
 
 
 def _soak(options: argparse.Namespace, _: Any) -> int:
