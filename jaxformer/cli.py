@@ -196,7 +196,6 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from jaxformer.config import load_config
 
     config = load_config(options.config, _on_mesh(options, overrides)[0])
-    workdir = Path(options.workdir or f"runs/{_label(options.config)}")
     import jax
 
     from jaxformer.analyze.summary import parameter_count
@@ -208,6 +207,7 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from jaxformer.train.fit import FitOptions, fit
     from jaxformer.train.states import restore_averaged
 
+    workdir = options.workdir or f"runs/{_label(options.config)}"
     multihost.start()
     recipe = build(config)
     mesh = make_mesh(config.mesh.to_dict())
@@ -308,10 +308,11 @@ def _evaluate(options: argparse.Namespace, _: Any) -> None:
     recipe, mesh, saved = _recipe_of_run(options.workdir)
     from jaxformer.evaluation.evaluators import evaluate, select_steps
     from jaxformer.evaluation.report import text_table
+    from jaxformer.storage.places import place
 
     results = evaluate(recipe, options.workdir, steps=select_steps(saved, options.steps), mesh=mesh)
     rows = [{"step": step, **values} for step, values in results.items()]
-    output = Path(options.output or Path(options.workdir) / "evaluation.json")
+    output = place(options.output or place(options.workdir) / "evaluation.json")
     output.write_text(json.dumps(rows, indent=2) + "\n")
     print(text_table(rows))
 

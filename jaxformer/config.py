@@ -46,6 +46,8 @@ def base(paper: str) -> ConfigDict:
                 "log_every": 20,
                 "checkpoint_every": 0,  # steps; 0: by time and at phase ends only
                 "checkpoint_minutes": 10.0,
+                "local_dir": "/tmp/jaxformer",  # on each host's own disk
+                "local_every": 0,  # steps between copies there, a second tier; 0: none
                 "keep": 3,
                 "max_bad_steps": 20,
                 "hang_minutes": 30.0,  # a process that stands still so long is ended; 0: never

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -27,6 +26,7 @@ from jaxformer.recipe import (
     Task,
     TrainState,
 )
+from jaxformer.storage.places import AnyPath, place
 from jaxformer.train.checkpoint import saved_steps
 from jaxformer.train.states import on_device, restore_averaged
 from jaxformer.train.updates import merge
@@ -80,7 +80,7 @@ class MeanEvaluator:
 
 def evaluate(
     recipe: Recipe,
-    workdir: str | Path,
+    workdir: AnyPath,
     *,
     steps: Iterable[int] | None = None,
     mesh: Mesh | None = None,
@@ -96,7 +96,7 @@ def evaluate(
     results = {}
     for step in saved_steps(workdir)[-1:] if steps is None else steps:
         phase, state = restore_averaged(recipe, workdir, step=step, mesh=mesh)
-        context = EvalContext(mesh, phase.name, Path(workdir))
+        context = EvalContext(mesh, phase.name, place(workdir))
         with jax.set_mesh(mesh):
             results[step] = {
                 f"{evaluator.name}/{name}": float(value)

@@ -13,7 +13,10 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 
+import jax
 from etils import epath
+
+from jaxformer.parallel.multihost import all_say
 
 _PAGE = re.compile(r"digest\.(\d+)-of-(\d+)\.json")
 _PART = 4 * 2**20  # bytes read at once
@@ -50,6 +53,21 @@ def verify(folder: epath.Path, reader: int = 0, readers: int = 1) -> bool:
             _compare(folder, _read(folder, name))
     counts = {int(found[2]) for found in pages.values()}
     return len(counts) == 1 and len(pages) == counts.pop()
+
+
+def verify_together(folder: epath.Path) -> None:
+    """`verify` by all processes of a run, which all come to the same end.
+
+    Raises:
+        CheckpointDamaged: one of them found a file missing or another.
+    """
+    fault = None
+    try:
+        verify(folder, jax.process_index(), jax.process_count())
+    except CheckpointDamaged as error:
+        fault = error
+    if not all_say(fault is None):
+        raise fault or CheckpointDamaged(f"{folder}: another process says so")
 
 
 def _compare(folder: epath.Path, files: Mapping[str, list[int]]) -> None:

@@ -9,26 +9,23 @@ checkpoint in the tests. `workdir` is any path that etils knows, such as gs://bu
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib.metadata
-import logging
-import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from jaxformer import paths
 from jaxformer.parallel.multihost import all_say, lost
 from jaxformer.recipe import ConfigError, InitFrom, TrainState
 from jaxformer.storage import digest
 from jaxformer.storage.digest import CheckpointDamaged
+from jaxformer.storage.failures import CheckpointFailed, explained, quiet
+from jaxformer.storage.places import AnyPath, place
 
 LAYOUT = 1
 # {n: what a leaf of layout n + 1 was called in layout n}
@@ -45,6 +42,13 @@ def flatten(state: TrainState) -> dict[str, Any]:
     return paths.leaves(state.replace(key=key))
 
 
+def unflatten(arrays: Mapping[str, jax.Array], abstract: TrainState) -> TrainState:
+    """The state of `flatten`ed arrays."""
+    # The key's data has one axis more than the key, so it is refilled apart.
+    rest = paths.refill(abstract.replace(key=0), {**arrays, "key": 0})
+    return rest.replace(key=jax.random.wrap_key_data(arrays["key"]))
+
+
 def _old_name(name: str, layout: int) -> str:
     for version in range(LAYOUT - 1, layout - 1, -1):
         name = MIGRATIONS[version](name)
@@ -57,28 +61,18 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def _not_raised(record: logging.LogRecord) -> bool:
-    """Whether to keep a log record: not the pages of traceback of what orbax raises as well."""
-    trace = record.exc_info[2] if record.exc_info else None
-    return "orbax" not in "".join(traceback.format_tb(trace))
-
-
-class CheckpointFailed(RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
-
-
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: closing waits for the last write."""
 
     def __init__(
         self,
-        workdir: str | os.PathLike[str],
+        workdir: AnyPath,
         *,
         keep: int | None = None,
         keep_every: int | None = None,
     ) -> None:
         """Keep the newest `keep` checkpoints (all when None) and every `keep_every`-th step."""
-        self.directory = epath.Path(workdir).absolute() / "checkpoints"
+        self.directory = place(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every)
         # Handlers are named so that a manager that has not saved yet can read metadata too.
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
@@ -87,8 +81,7 @@ class Checkpoints:
         )
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_not_raised)
+        quiet()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -141,14 +134,7 @@ class Checkpoints:
         Raises:
             CheckpointDamaged: it is not what was written; the same in all processes.
         """
-        fault = None
-        try:
-            folder = self.directory / str(step)
-            digest.verify(folder, jax.process_index(), jax.process_count())
-        except CheckpointDamaged as error:
-            fault = error
-        if not all_say(fault is None):
-            raise fault or CheckpointDamaged("another process says so")
+        digest.verify_together(self.directory / str(step))
 
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Start writing; returns once the arrays are copied off the device.
@@ -175,26 +161,12 @@ class Checkpoints:
         """In the background: wait for the last byte, then note the checksums."""
         try:
             self._manager.wait_until_finished()
-            folder = self.directory / str(step)
-            digest.write(folder, jax.process_index(), jax.process_count())
+            digest.write(self.directory / str(step), jax.process_index(), jax.process_count())
         except Exception as error:
             raise self._failure(step, error) from error
 
     def _failure(self, step: int, error: Exception) -> Exception:
-        if lost(error):
-            return error
-        text = " ".join(str(error).split())
-        # TensorStore writes less than it wanted and says only that.
-        signs = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "RESOURCE_EXHAUSTED")
-        full = any(sign in text for sign in signs)
-        why = "the disk is full" if full else f"{type(error).__name__}: {text[:200]}"
-        before = [saved for saved in self.steps() if saved != step]
-        kept = f"the newest whole one is {before[-1]}" if before else "there is none before it"
-        remedy = "free some space" if full else "see to the cause"
-        return CheckpointFailed(
-            f"checkpoint {step} could not be written to {self.directory}: {why}; {kept}; {remedy} "
-            "and run again to continue"
-        )
+        return explained(error, step, self.directory, [s for s in self.steps() if s != step])
 
     def check(self) -> None:
         """Raise what went wrong in the background, if anything did by now."""
@@ -233,11 +205,7 @@ class Checkpoints:
         Raises:
             ConfigError: the saved arrays do not fit `abstract`; names the first that does not.
         """
-        arrays = self.restore_arrays(step, flatten(abstract), whole=True)
-        key = jax.random.wrap_key_data(arrays["key"])
-        # The key's data has one axis more than the key, so it is refilled apart.
-        rest = paths.refill(abstract.replace(key=0), {**arrays, "key": 0})
-        return rest.replace(key=key)
+        return unflatten(self.restore_arrays(step, flatten(abstract), whole=True), abstract)
 
     def restore_arrays(
         self, step: int, wanted: Mapping[str, Any], *, whole: bool = False
@@ -280,13 +248,13 @@ class Checkpoints:
                 )
 
 
-def saved_steps(workdir: str | os.PathLike[str]) -> list[int]:
+def saved_steps(workdir: AnyPath) -> list[int]:
     """The checkpoints of a run.
 
     Raises:
         ConfigError: there are none.
     """
-    if not (epath.Path(workdir) / "checkpoints").is_dir():
+    if not (place(workdir) / "checkpoints").is_dir():
         raise ConfigError(
             f"workdir: no checkpoints in {workdir}; give the --workdir of a training run"
         )
