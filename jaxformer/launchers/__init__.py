@@ -17,7 +17,7 @@ _FIELDS: dict[str, tuple[Any, str]] = {
     "image": ("", "gke: a container image with jaxformer installed"),
     "queue": ("jaxformer", "gke: the queue of Kueue"),
     "namespace": ("default", "gke"),
-    "package": ("jaxformer[tpu]", "tpu_pod: what pip installs on the workers"),
+    "package": ("jaxformer[tpu,gcs]", "tpu_pod: what pip installs on the workers"),
     "project": ("", "tpu_pod"),
     "zone": ("", "tpu_pod"),
     "logs": ("logs", "slurm: a folder on a disk that all hosts share"),

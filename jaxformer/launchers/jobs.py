@@ -56,7 +56,7 @@ class Job:
     workdir: str  # where all processes can write: gs://bucket/run, or a shared disk
     arguments: tuple[str, ...] = ()  # more of `jaxformer train`
     image: str = ""  # gke: with jaxformer in it
-    package: str = "jaxformer[tpu]"  # tpu_pod: what pip installs
+    package: str = "jaxformer[tpu,gcs]"  # tpu_pod: what pip installs
     queue: str = "jaxformer"  # gke: of Kueue
     namespace: str = "default"
     project: str = ""

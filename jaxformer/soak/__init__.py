@@ -21,7 +21,7 @@ from typing import Any
 
 from jaxformer.soak.faults import FAULTS, inject
 from jaxformer.soak.kills import kill_round
-from jaxformer.soak.trainees import STEPS, Violation, finish, write_text
+from jaxformer.soak.trainees import Trial, Violation
 from jaxformer.train.checkpoint import versions
 
 # Compiled programs are kept, or half the time of a start would go into compiling the same again.
@@ -40,32 +40,25 @@ def soak(minutes: float, seed: int, output: Path) -> bool:
         "versions": {**versions(), "python": platform.python_version()},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "seed": seed,
-        "run": f"{STEPS} steps of a decoder on 2 processes with 1 CPU device each",
+        "run": f"{Trial.steps} steps of a decoder on 2 processes with 1 CPU device each",
         "faults": {},
         "violations": [],
         "rounds": [],
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        trial = Trial(folder)
         os.environ.update({"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **CACHE})
-        text, whole = write_text(folder / "text.txt"), folder / "whole"
-        finish(whole, text)
+        trial.prepare()
         for fault in FAULTS:
-            page["faults"][fault] = _outcome(page, fault, inject, fault, folder, text, whole)
+            page["faults"][fault] = _outcome(page, fault, inject, fault, trial)
             _write(output, page)
         while time.monotonic() < deadline:
             number = len(page["rounds"])
             found: list[dict[str, Any]] = []
+            workdir = folder / f"round_{number}"
             said = _outcome(
-                page,
-                f"round {number}",
-                kill_round,
-                draw,
-                folder / f"round_{number}",
-                text,
-                whole,
-                found,
-                deadline,
+                page, f"round {number}", kill_round, trial, workdir, draw, found, deadline
             )
             page["rounds"].append({"kills": found, "end": said})
             _write(output, page)

@@ -16,18 +16,14 @@ from jaxformer.parallel import loopback
 from jaxformer.soak.kills import ending
 from jaxformer.soak.trainees import (
     SAVE_EVERY,
-    STEPS,
     Trainees,
+    Trial,
     Violation,
-    check_equal,
-    command,
-    finish,
     results,
     saved,
-    start,
 )
 
-Fault = Callable[[Path, Path, Path], str]  # (folder of its own, text, uninterrupted run)
+Fault = Callable[[Trial, Path], str]  # (what is hit, a folder of its own)
 
 
 def expect(codes: list[int], *wanted: int) -> None:
@@ -35,9 +31,9 @@ def expect(codes: list[int], *wanted: int) -> None:
         raise Violation(f"exit codes {codes} instead of {list(wanted)}")
 
 
-def sigterm(folder: Path, text: Path, whole: Path) -> str:
+def sigterm(trial: Trial, folder: Path) -> str:
     """One of two processes is told to stop: both save at one step and leave."""
-    with start(folder / "run", text) as run:
+    with trial.start(folder / "run") as run:
         run.until("a checkpoint", lambda: saved(folder / "run"))
         run.processes[1].send_signal(signal.SIGTERM)
         expect(run.end(), STOPPED, STOPPED)
@@ -45,8 +41,8 @@ def sigterm(folder: Path, text: Path, whole: Path) -> str:
     step = saved(folder / "run")[-1]
     if any(f"stopped at step {step};" not in line for line in lines):
         raise Violation(f"the newest checkpoint is {step}; they said {lines}")
-    finish(folder / "run", text)
-    check_equal(folder / "run", whole)
+    trial.finish(folder / "run")
+    trial.check_equal(folder / "run")
     return f"both: {lines[0]} (exit code {STOPPED}); the end is bitwise equal"
 
 
@@ -65,11 +61,11 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], object]]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def full_disk(folder: Path, text: Path, whole: Path) -> str:
+def full_disk(trial: Trial, folder: Path) -> str:
     """The disk of the run fills up; once there is space the run continues."""
     with small_disk(folder / "disk", "900k") as resize:
         workdir = folder / "disk" / "run"
-        with start(workdir, text) as run:
+        with trial.start(workdir) as run:
             codes = run.end()
             line = run.line("jaxformer:", process=codes.index(1) if 1 in codes else None)
         if 1 not in codes or not ("disk is full" in line or "No space left" in line):
@@ -78,10 +74,10 @@ def full_disk(folder: Path, text: Path, whole: Path) -> str:
         if not before:
             raise Violation("the disk was too small for a single checkpoint")
         resize("64m")
-        begun = finish(workdir, text)
+        begun = trial.finish(workdir)
         if f"continue at step {before[-1]} " not in begun:
             raise Violation(f"checkpoint {before[-1]} was finished; {begun}")
-        check_equal(workdir, whole)
+        trial.check_equal(workdir)
     return f"{_without(folder, line)} Then {begun}, bitwise equal"
 
 
@@ -92,21 +88,21 @@ def _without(folder: Path, line: str) -> str:
 def damaged(how: str) -> Fault:
     """A fault: the newest checkpoint is damaged between two starts."""
 
-    def fault(folder: Path, text: Path, whole: Path) -> str:
+    def fault(trial: Trial, folder: Path) -> str:
         workdir = folder / "run"
-        with start(workdir, text, f"--stop-after={3 * SAVE_EVERY}") as run:
+        with trial.start(workdir, f"--stop-after={3 * SAVE_EVERY}") as run:
             expect(run.end(), STOPPED, STOPPED)
         newest, older = saved(workdir)[-1], saved(workdir)[-2]
         files = [p for p in (workdir / "checkpoints" / str(newest)).rglob("d/*") if p.is_file()]
         damage(how, max(files, key=lambda path: path.stat().st_size))
-        with start(workdir, text) as run:
+        with trial.start(workdir) as run:
             codes = run.end()
             line = next(x for part in run.output for x in part if "is damaged" in x)
             begun = run.line("continue at step")
         expect(codes, 0, 0)
         if f"continue at step {older} " not in begun:
             raise Violation(f"checkpoint {older} is whole; {begun}")
-        check_equal(workdir, whole)
+        trial.check_equal(workdir)
         return f"{_without(folder, line)}. {begun}, bitwise equal"
 
     return fault
@@ -126,14 +122,14 @@ def damage(how: str, file: Path) -> None:
     file.write_bytes(data)
 
 
-def other_processes(folder: Path, text: Path, whole: Path) -> str:
+def other_processes(trial: Trial, folder: Path) -> str:
     """Two processes, then one, then four, then two: the same global batches all the way."""
     workdir = folder / "run"
-    for processes, stop in ((2, 30), (1, 60), (4, 90)):
-        with start(workdir, text, f"--stop-after={stop}", processes=processes) as run:
+    for processes, stop in ((2, 10), (1, 20), (4, 30)):
+        with trial.start(workdir, f"--stop-after={stop}", processes=processes) as run:
             expect(run.end(), *[STOPPED] * processes)
-    finish(workdir, text)
-    ours, theirs = results(workdir), results(whole)
+    trial.finish(workdir)
+    ours, theirs = results(workdir), results(trial.whole)
     worst = max(
         abs(row["loss"] - theirs[name]["loss"]) / theirs[name]["loss"]
         for name, row in ours.items()
@@ -141,7 +137,7 @@ def other_processes(folder: Path, text: Path, whole: Path) -> str:
     )
     if ours.keys() != theirs.keys() or worst > 1e-5:  # sums over 1, 2, 4 devices differ in order
         raise Violation(f"losses differ by {worst:.1e}")
-    return f"2 -> 1 -> 4 -> 2 processes: all {STEPS} losses within {worst:.1e} (relative)"
+    return f"2 -> 1 -> 4 -> 2 processes: all {trial.steps} losses within {worst:.1e} (relative)"
 
 
 def customised(folder: Path, code: str) -> dict[str, str]:
@@ -151,10 +147,10 @@ def customised(folder: Path, code: str) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-def stalled_data(folder: Path, text: Path, whole: Path) -> str:
+def stalled_data(trial: Trial, folder: Path) -> str:
     """The text of one process is on a disk that never answers: its reader waits for ever."""
     workdir, stuck = folder / "run", folder / "stuck.txt"
-    shutil.copy(text, stuck)
+    shutil.copy(trial.text, stuck)
     where = loopback.places(2)
     where[1] |= customised(
         folder / "python",
@@ -164,22 +160,24 @@ def stalled_data(folder: Path, text: Path, whole: Path) -> str:
         "    return real(path, *more, **options)\n"
         "io.open = never\n",
     )
-    hang = "--config.fit.hang_minutes=0.5"
-    commands = [command(workdir, source, hang) for source in (text, stuck)]
+    hang = "--config.fit.hang_minutes=0.3"
+    commands = [
+        trial.command(workdir, hang, *more) for more in ((), (f"--config.data.text={stuck}",))
+    ]
     with Trainees(commands, where, workdir) as run:
         codes = run.end(seconds=90)
         line = run.line("stands still", "reading the batch of step 1", process=1)
         other = ending(run, 0, codes[0])
     expect(codes[1:], STOPPED)
-    finish(workdir, text)
-    check_equal(workdir, whole)
+    trial.finish(workdir)
+    trial.check_equal(workdir)
     return f"{line} The other: {other}. Started again with its text: bitwise equal"
 
 
-def hung_peer(folder: Path, text: Path, whole: Path) -> str:
+def hung_peer(trial: Trial, folder: Path) -> str:
     """A process is frozen (SIGSTOP): alive, connected, and silent."""
     workdir = folder / "run"
-    with start(workdir, text, "--config.fit.hang_minutes=0.3") as run:
+    with trial.start(workdir, "--config.fit.hang_minutes=0.3") as run:
         run.until("a checkpoint", lambda: saved(workdir))
         run.processes[1].send_signal(signal.SIGSTOP)
         run.until("the end of the other", lambda: run.processes[0].poll() is not None, 60)
@@ -187,19 +185,18 @@ def hung_peer(folder: Path, text: Path, whole: Path) -> str:
         codes = run.end()
         line = run.line("stands still", process=0)
     expect(codes, STOPPED, -signal.SIGKILL)
-    finish(workdir, text)
-    check_equal(workdir, whole)
+    trial.finish(workdir)
+    trial.check_equal(workdir)
     return f"{line} Started again: bitwise equal"
 
 
-def port_conflict(folder: Path, text: Path, whole: Path) -> str:
+def port_conflict(trial: Trial, folder: Path) -> str:
     """Another program has the port at which the processes are to meet."""
-    del whole
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         where = loopback.places(2, port=taken.getsockname()[1])
-        commands = [command(folder / "run", text)] * 2
+        commands = [trial.command(folder / "run")] * 2
         with Trainees(commands, where, folder / "run") as run:
             run.until("the end of the first", lambda: run.processes[0].poll() is not None, 60)
             expect([run.processes[0].returncode], STOPPED)
@@ -207,7 +204,7 @@ def port_conflict(folder: Path, text: Path, whole: Path) -> str:
             return run.line("jaxformer:", "port", process=0)
 
 
-def clocks(folder: Path, text: Path, whole: Path) -> str:
+def clocks(trial: Trial, folder: Path) -> str:
     """The clock of one process is a day ahead, while checkpoints are due by the minute."""
     where = loopback.places(2)
     where[1] |= customised(
@@ -217,12 +214,12 @@ def clocks(folder: Path, text: Path, whole: Path) -> str:
         "    setattr(time, name, lambda real=getattr(time, name): real() + 86_400)\n",
     )
     often = "--config.fit.checkpoint_minutes=0.02"
-    commands = [command(folder / "run", text, often)] * 2
+    commands = [trial.command(folder / "run", often)] * 2
     with Trainees(commands, where, folder / "run") as run:
         expect(run.end(), 0, 0)
-    check_equal(folder / "run", whole)
+    trial.check_equal(folder / "run")
     count = len(saved(folder / "run"))
-    if count <= STEPS // SAVE_EVERY:
+    if count <= trial.steps // SAVE_EVERY:
         raise Violation(f"{count} checkpoints: none was written by the clock")
     return f"one clock a day ahead: no effect; {count} checkpoints, bitwise equal"
 
@@ -241,9 +238,9 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def inject(name: str, folder: Path, text: Path, whole: Path) -> str:
+def inject(name: str, trial: Trial) -> str:
     """Run one fault in a folder of its own; the line that says what came of it."""
-    mine = folder / name
+    mine = trial.folder / name
     shutil.rmtree(mine, ignore_errors=True)
     mine.mkdir(parents=True)
-    return FAULTS[name](mine, text, whole)
+    return FAULTS[name](trial, mine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import time
@@ -11,14 +12,11 @@ from typing import Any
 from jaxformer.errors import STOPPED
 from jaxformer.soak.trainees import (
     EVALUATE_EVERY,
-    STEPS,
     Trainees,
+    Trial,
     Violation,
-    check_equal,
-    finish,
     rows,
     saved,
-    start,
     writing,
 )
 
@@ -29,8 +27,7 @@ MOMENTS = ("step", "save", "evaluation", "prefetch")
 def strike(draw: random.Random, run: Trainees, moment: str, victim: int) -> dict[str, Any]:
     """Kill one process at a moment of its work; say whether the moment was met."""
     workdir, process = run.workdir, run.processes[victim]
-    begun = "at step", f"of {STEPS}"
-    run.until("the start", lambda: any(all(w in x for w in begun) for x in run.output[0]))
+    run.until("the start", lambda: any(" at step " in line for line in run.output[0]))
     before = len(rows(workdir))
     if moment == "prefetch":
         time.sleep(draw.uniform(0.0, 1.5))  # the first batches are read while the step compiles
@@ -66,7 +63,7 @@ def _last(workdir: Path) -> int:
     return max((row["step"] for row in rows(workdir)), default=0)
 
 
-def kill_once(draw: random.Random, workdir: Path, text: Path, moment: str) -> dict[str, Any]:
+def kill_once(trial: Trial, workdir: Path, draw: random.Random, moment: str) -> dict[str, Any]:
     """Start or continue the run, kill one of its processes, and see the others end.
 
     Raises:
@@ -75,12 +72,12 @@ def kill_once(draw: random.Random, workdir: Path, text: Path, moment: str) -> di
     """
     before = saved(workdir)
     victim = draw.randrange(2)
-    with start(workdir, text) as run:
+    with trial.start(workdir) as run:
         found = strike(draw, run, moment, victim)
         since = time.monotonic()
         codes = run.end(seconds=60)
         seconds = time.monotonic() - since
-        said = run.line("at step", f"of {STEPS}", process=0)
+        said = run.line("at step", f"of {trial.steps}", process=0)
         begun = int(said.split("at step ")[1].split()[0])
     if begun != (before[-1] if before else 0):
         raise Violation(f"checkpoint {before[-1:]} was finished; the run began at {begun}")
@@ -117,23 +114,23 @@ def ending(run: Trainees, process: int, code: int) -> str:
 
 
 def kill_round(
-    draw: random.Random,
+    trial: Trial,
     workdir: Path,
-    text: Path,
-    whole: Path,
+    draw: random.Random,
     done: list[dict[str, Any]],
-    deadline: float,
+    deadline: float = math.inf,
     kills: int = KILLS_OF_A_RUN,
 ) -> str:
-    """One run, killed so many times or until `deadline`, then finished and compared with `whole`.
+    """One run, killed so many times or until `deadline`, then finished and compared.
 
     What came of each kill is added to `done`.
     """
+    # A kill may wait for 30 more steps, so the last ones are left for the end.
     while len(done) < kills and time.monotonic() < deadline:
-        if saved(workdir) and saved(workdir)[-1] > STEPS - 60:
+        if saved(workdir) and saved(workdir)[-1] > trial.steps - 40:
             break
         moment = MOMENTS[draw.randrange(len(MOMENTS))]
-        done.append(kill_once(draw, workdir, text, moment))
-    begun = finish(workdir, text)
-    check_equal(workdir, whole)
+        done.append(kill_once(trial, workdir, draw, moment))
+    begun = trial.finish(workdir)
+    trial.check_equal(workdir)
     return f"{len(done)} kills; {begun}; bitwise equal"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import signal
 import subprocess
 import threading
@@ -14,7 +14,7 @@ from typing import Any
 from jaxformer.parallel import loopback
 from jaxformer.train.metrics import read_jsonl
 
-STEPS, SAVE_EVERY, EVALUATE_EVERY = 200, 10, 25
+SAVE_EVERY, EVALUATE_EVERY = 10, 25  # steps
 LIMIT = 120.0  # seconds for whatever is waited for
 
 
@@ -22,27 +22,73 @@ class Violation(AssertionError):
     """Something that a fault must never do."""
 
 
-def command(workdir: Path, text: Path, *more: str) -> list[str]:
-    """`train` of a decoder so small that most of its time is the start of Python."""
-    sizes = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "hidden": 32}
-    fields = {f"model.{name}": size for name, size in sizes.items()} | {
-        "steps": STEPS,
-        "data.text": text,
-        "data.length": 32,
-        "evaluate.every": EVALUATE_EVERY,
-        "fit.log_every": 1,
-        "fit.checkpoint_every": SAVE_EVERY,
-        "fit.keep": 1000,
-    }
-    set_fields = [f"--config.{name}={value}" for name, value in fields.items()]
-    return ["train", "--config=decoder:tiny", f"--workdir={workdir}", *set_fields, *more]
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What is hit: a run of so many steps, and the uninterrupted one that it must equal."""
 
+    folder: Path
+    steps: int = 200
 
-def write_text(path: Path) -> Path:
-    """Something to train on: this package's own source."""
-    files = sorted(Path(__file__).parent.parent.glob("train/*.py"))
-    path.write_text("".join(file.read_text() for file in files))
-    return path
+    @property
+    def text(self) -> Path:
+        return self.folder / "text.txt"
+
+    @property
+    def whole(self) -> Path:
+        return self.folder / "whole"
+
+    def prepare(self) -> None:
+        """Write the text, which is this package's own source, and do the uninterrupted run."""
+        files = sorted(Path(__file__).parent.parent.glob("train/*.py"))
+        self.text.write_text("".join(file.read_text() for file in files))
+        self.finish(self.whole)
+
+    def command(self, workdir: Path, *more: str) -> list[str]:
+        """`train` of a decoder so small that most of its time is the start of Python."""
+        sizes = {"width": 16, "depth": 1, "heads": 2, "kv_heads": 1, "hidden": 32}
+        fields = {f"model.{name}": size for name, size in sizes.items()} | {
+            "steps": self.steps,
+            "data.text": self.text,
+            "data.length": 32,
+            "evaluate.every": EVALUATE_EVERY,
+            "fit.log_every": 1,
+            "fit.checkpoint_every": SAVE_EVERY,
+            "fit.keep": 1000,
+        }
+        set_fields = [f"--config.{name}={value}" for name, value in fields.items()]
+        return ["train", "--config=decoder:tiny", f"--workdir={workdir}", *set_fields, *more]
+
+    def start(self, workdir: Path, *more: str, processes: int = 2) -> Trainees:
+        """All processes of a run, or of its continuation."""
+        commands = [self.command(workdir, *more)] * processes
+        return Trainees(commands, loopback.places(processes), workdir)
+
+    def finish(self, workdir: Path, *more: str) -> str:
+        """Run to the end; the line that says where it began.
+
+        Raises:
+            Violation: it failed.
+        """
+        with self.start(workdir, *more) as run:
+            codes = run.end()
+            if any(codes):
+                said = " | ".join(line for lines in run.output for line in lines[-3:])
+                raise Violation(f"exit codes {codes} instead of 0: {said[-1500:]}")
+            return run.line("at step", f"of {self.steps}")
+
+    def check_equal(self, workdir: Path) -> None:
+        """Numbers and final arrays of a run equal those of the whole one, to the last bit.
+
+        Raises:
+            Violation: they do not.
+        """
+        ours, theirs = results(workdir), results(self.whole)
+        if ours != theirs:
+            differ = [name for name in theirs if ours.get(name) != theirs[name]]
+            raise Violation(f"metrics differ from the uninterrupted run, first at {differ[:1]}")
+        mine, other = arrays(workdir), arrays(self.whole)
+        if mine.keys() != other.keys() or any(mine[k] != other[k] for k in mine):
+            raise Violation("final arrays differ from those of the uninterrupted run")
 
 
 class Trainees:
@@ -125,26 +171,6 @@ class Trainees:
         return lines[-1]
 
 
-def start(workdir: Path, text: Path, *more: str, processes: int = 2, devices: int = 1) -> Trainees:
-    """All processes of a run, or of its continuation."""
-    where = loopback.places(processes, devices)
-    return Trainees([command(workdir, text, *more)] * processes, where, workdir)
-
-
-def finish(workdir: Path, text: Path, *more: str, processes: int = 2, devices: int = 1) -> str:
-    """Run to the end; the line that says where it began.
-
-    Raises:
-        Violation: it failed.
-    """
-    with start(workdir, text, *more, processes=processes, devices=devices) as run:
-        codes = run.end()
-        if any(codes):
-            said = " | ".join(line for lines in run.output for line in lines[-3:])
-            raise Violation(f"exit codes {codes} instead of 0: {said[-1500:]}")
-        return run.line("at step", f"of {STEPS}")
-
-
 def saved(workdir: Path) -> list[int]:
     """The steps of finished checkpoints, oldest first."""
     names = [path.name for path in (workdir / "checkpoints").glob("*")]
@@ -173,21 +199,6 @@ def results(workdir: Path) -> dict[str, Any]:
     return found
 
 
-def check_equal(workdir: Path, whole: Path) -> None:
-    """Numbers and final arrays of a run equal those of the uninterrupted one, to the last bit.
-
-    Raises:
-        Violation: they do not.
-    """
-    ours, theirs = results(workdir), results(whole)
-    if ours != theirs:
-        differ = [name for name in theirs if ours.get(name) != theirs[name]]
-        raise Violation(f"metrics differ from the uninterrupted run, first at {differ[:1]}")
-    mine, other = arrays(workdir), arrays(whole)
-    if mine.keys() != other.keys() or any(mine[k] != other[k] for k in mine):
-        raise Violation("final arrays differ from those of the uninterrupted run")
-
-
 def arrays(workdir: Path) -> dict[str, bytes]:
     """{name: bytes} of the newest checkpoint, read by orbax as plain arrays."""
     import numpy as np
@@ -201,9 +212,3 @@ def arrays(workdir: Path) -> dict[str, bytes]:
         how = paths.map_named(lambda *_: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         tree = reader.restore(folder, restore_args=how)
     return {name: np.asarray(x).tobytes() for name, x in paths.leaves(tree).items()}
-
-
-def config_of(workdir: Path) -> dict[str, Any]:
-    """The page of the newest checkpoint."""
-    page = workdir / "checkpoints" / str(saved(workdir)[-1]) / "meta" / "metadata"
-    return json.loads(page.read_text())

@@ -12,7 +12,7 @@ cat >"$startup" <<'WORKER'
 # wrong input (2); on preemption it sends SIGTERM, upon which the run saves and leaves (75).
 set -euo pipefail
 python3 -m venv /opt/jaxformer
-/opt/jaxformer/bin/pip install --quiet 'jaxformer[tpu]'
+/opt/jaxformer/bin/pip install --quiet 'jaxformer[tpu,gcs]'
 systemd-run --unit=jaxformer --property=Restart=on-failure --property=RestartPreventExitStatus=2 \
   --property=RestartSec=10 --property=TimeoutStopSec=120 --setenv=HOME=/root \
   /opt/jaxformer/bin/jaxformer train --config=decoder:llama_7b --mesh=v5e_256 --workdir=gs://BUCKET/RUN
