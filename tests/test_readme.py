@@ -22,7 +22,7 @@ def test_the_example_is_short_and_learns(one_device, tmp_path):
     recipe = names["recipe"](steps=30, length=32, batch_size=8)
     options = jaxformer.FitOptions(progress=False, log_every=5)
     jaxformer.fit(recipe, workdir=tmp_path, mesh=one_device, options=options)
-    from jaxformer.train.metrics import read_jsonl
+    from jaxformer.observe.metrics import read_jsonl
 
     losses = [row["loss"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in row]
     assert losses[-1] < losses[0] - 0.5

@@ -64,6 +64,7 @@ class MeanEvaluator:
         rows = host_rows(self.data, context.mesh)
         totals: Metrics = {}
         for index in range(count):
+            context.alive()
             batch = place_batch(self.data.batch(index, rows), context.mesh, self.data.batch_size)
             totals = merge(
                 totals, jax.device_get(self._score(state.params, state.extra, batch, index))

@@ -6,15 +6,19 @@ when to ask it, waits a bounded time, and turns what it raises into one line.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from typing import NamedTuple, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import jax
+import numpy as np
 from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
@@ -148,9 +152,38 @@ def first_says(yes: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(yes)) if several() else yes
 
 
+def all_say(yes: bool) -> bool:
+    """Whether every process says yes. All must ask at the same point."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(yes)))) if several() else yes
+
+
 def told_to_stop(step: int) -> bool:
     """Whether some process was told to stop (SIGTERM) and all have agreed on this step for it."""
     return several() and multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM or SIGINT sets, for the time of the run; the second one ends it.
+
+    Among several processes it is never set: JAX's runtime listens for SIGTERM and agrees on a step.
+    """
+    stop = threading.Event()
+    if several() or threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def lost(error: BaseException) -> PeersLost | None:

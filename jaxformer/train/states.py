@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from jaxformer.recipe import (
     TrainState,
     Update,
 )
+from jaxformer.storage.places import AnyPath
 from jaxformer.train.checkpoint import Checkpoints, saved_steps, start_from
 from jaxformer.train.updates import Averages, KeepsOnHost
 
@@ -117,7 +117,7 @@ def initialise(recipe: Recipe, mesh: Mesh, seed: int) -> TrainState:
 
 
 def restore(
-    recipe: Recipe, workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = None
+    recipe: Recipe, workdir: AnyPath, *, step: int | None = None, mesh: Mesh | None = None
 ) -> TrainState:
     """The state of a run at `step` (the newest by default), on `mesh`.
 
@@ -128,7 +128,7 @@ def restore(
 
 
 def restore_averaged(
-    recipe: Recipe, workdir: str | Path, *, step: int | None = None, mesh: Mesh | None = None
+    recipe: Recipe, workdir: AnyPath, *, step: int | None = None, mesh: Mesh | None = None
 ) -> tuple[Phase, TrainState]:
     """The phase of a saved step, and its state with the weights that are to be evaluated."""
     phase, state = _restore(recipe, workdir, step, mesh)
@@ -136,7 +136,7 @@ def restore_averaged(
 
 
 def _restore(
-    recipe: Recipe, workdir: str | Path, step: int | None, mesh: Mesh | None
+    recipe: Recipe, workdir: AnyPath, step: int | None, mesh: Mesh | None
 ) -> tuple[Phase, TrainState]:
     step = saved_steps(workdir)[-1] if step is None else step
     mesh = mesh or make_mesh()
@@ -147,7 +147,7 @@ def _restore(
         return phase, checkpoints.restore(step, abstract)
 
 
-def start_run(recipe: Recipe, workdir: str | Path, state: TrainState) -> None:
+def start_run(recipe: Recipe, workdir: AnyPath, state: TrainState) -> None:
     """Save `state` as the beginning of a run in a new `workdir`: what `fit` then starts from.
 
     Raises:
