@@ -13,9 +13,10 @@ import subprocess
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from jaxformer.parallel import topology
 
@@ -82,7 +83,11 @@ def compile_for(target, function, *args, dump=None):
         options["xla_dump_to"] = str(dump)
         for name, value in (("PTXAS", "1"), ("TO", str(dump))):
             os.environ[f"MOSAIC_GPU_DUMP_{name}"] = value
-    program = jax.jit(function).lower(*args).compile(compiler_options=options)
+    # Inside its mesh, the program is traced for the target and not for this process's CPU.
+    mesh = Mesh(np.array([device(target)]), ("device",), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function).lower(*args)
+    program = lowered.compile(compiler_options=options)
     return Compiled(program, _resources(dump, GPUS[target]) if "xla_dump_to" in options else {})
 
 
