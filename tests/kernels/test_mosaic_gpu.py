@@ -30,6 +30,7 @@ from jaxformer.kernels.dispatch import Implementation
 from tests.kernels.attention_reference import Case, attend, draw, slope
 from tests.kernels.mosaic_simulator import simulated
 from tests.kernels.test_attention import CASES, run
+from tests.kernels.test_attention_pairs import case_of, share
 
 
 @pytest.fixture
@@ -64,6 +65,15 @@ def test_values_and_gradients(name, simulator):
     if "aux_cap" in x:
         x["aux_cap"] = np.float32(2.0)
     check(CASES[name], x, simulator)
+
+
+@pytest.mark.parametrize(("mask", "mod", "shape"), share(2))
+def test_masks_with_modifications(mask, mod, shape, simulator):
+    case = case_of(mask, mod, shape)
+    x = draw(case)
+    if "aux_cap" in x:
+        x["aux_cap"] = np.float32(2.0)
+    check(case, x, simulator)
 
 
 @pytest.mark.parametrize("sizes", [(72, 40), (200, 250)])
