@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from jaxformer.errors import ConfigError
 
+DEFAULT = "flowformer:small"  # what verbs run when no config is named
 PACKAGE = Path(__file__).parent
 CONFIG = ("PRESETS", "get_config")  # what a config file defines
 
@@ -40,14 +41,18 @@ def base(paper: str) -> ConfigDict:
                 "final": 0.0,  # last learning rate, as a fraction of the peak
                 "weight_decay": 0.0,
                 "clip": 1.0,  # of the global gradient norm; 0: none
+                "offload": False,  # the optimiser's moments wait in the host's memory
             },
             "gradient": {"accumulate": 1, "ema": 0.0},  # micro-batches per step; EMA decay, 0: none
             "fit": {
                 "log_every": 20,
                 "checkpoint_every": 0,  # steps; 0: by time and at phase ends only
                 "checkpoint_minutes": 10.0,
+                "local_dir": "/tmp/jaxformer",  # on each host's own disk
+                "local_every": 0,  # steps between copies there, a second tier; 0: none
                 "keep": 3,
                 "max_bad_steps": 20,
+                "hang_minutes": 30.0,  # a process that stands still so long is ended; 0: never
                 "tensorboard": False,
             },
             "evaluate": {"every": 0, "batches": 0},  # steps, 0: at the end; batches, 0: all

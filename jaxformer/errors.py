@@ -3,3 +3,6 @@
 
 class ConfigError(ValueError):
     """Wrong input from the user: one line that names the field, the value and the remedy."""
+
+
+STOPPED = 75  # exit code, EX_TEMPFAIL: left on a signal or for want of peers; run again to continue

@@ -174,7 +174,8 @@ class EvalContext:
 
     mesh: Mesh
     phase: str
-    workdir: Path | None = None
+    workdir: Any = None  # a path, local or not
+    alive: Callable[[], object] = lambda: None  # called now and then, by those that take long
 
 
 class Evaluator(Protocol):

@@ -8,8 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from jaxformer.evaluation.goodput import goodput
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.recipe import Recipe
-from jaxformer.train.metrics import read_jsonl
+from jaxformer.storage.places import AnyPath, place
 
 _NOT_CURVES = ("step", "phase", "nonfinite", "steps_per_second", "items_per_second")
 
@@ -39,7 +43,7 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def relative(path: Path, folder: Path) -> str:
     """A link from a file in `folder` to `path`."""
-    return Path(os.path.relpath(path, folder)).as_posix()
+    return Path(os.path.relpath(path, folder)).as_posix()  # two paths of one kind
 
 
 def figure(path: Path, columns: int = 1, rows: int = 1, width: float = 4.5) -> Any:
@@ -66,7 +70,7 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list
     return found
 
 
-def plot_curves(workdir: Path) -> Path:
+def plot_curves(workdir: epath.Path) -> epath.Path:
     """`curves.png`: a panel per metric, with the evaluators' values beside those of training."""
     found = curves(read_jsonl(workdir / "metrics.jsonl"))
     panels: dict[str, list[str]] = {"loss": []}
@@ -85,19 +89,20 @@ def plot_curves(workdir: Path) -> Path:
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend()
-    fig.savefig(path, dpi=110)
+    with path.open("wb") as file:
+        fig.savefig(file, dpi=110, format="png")
     return path
 
 
 def training_report(
     recipe: Recipe,
-    workdir: str | Path,
+    workdir: AnyPath,
     *,
     parameters: int,
     samples: Sequence[str] = (),
-) -> Path:
+) -> epath.Path:
     """`report.md` with curves, evaluations, speed, samples and the config; returns its path."""
-    folder = Path(workdir)
+    folder = place(workdir)
     rows = read_jsonl(folder / "metrics.jsonl")
     speeds = [row["items_per_second"] for row in rows if "items_per_second" in row]
     evaluations = [
@@ -111,6 +116,7 @@ def training_report(
         "phases": phases,
         "last training loss": last.get("loss", ""),
         f"{recipe.unit}/s (median)": sorted(speeds)[len(speeds) // 2] if speeds else "",
+        "goodput": goodput(folder) or "",
         "steps that were not finite": sum(row.get("nonfinite", 0) > 0 for row in rows),
     }
     text = [f"# {facts['paper']}", ""]

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO
+
+from jaxformer.errors import STOPPED
 
 GRACE = 20.0  # seconds for the others to leave by themselves once one has
 
@@ -22,7 +24,7 @@ def run(command: Sequence[str], processes: int, devices: int = 1, restarts: int 
     """
     for attempt in range(restarts + 1):
         code = _once(command, processes, devices)
-        again = code < 0 or code == 75  # killed, or asks for it (jaxformer.cli.STOPPED)
+        again = code < 0 or code == STOPPED  # killed, or asks for it
         if not again or attempt == restarts:
             break
         print(f"multihost: exit code {code}; start {attempt + 2}", file=sys.stderr, flush=True)
@@ -30,8 +32,8 @@ def run(command: Sequence[str], processes: int, devices: int = 1, restarts: int 
 
 
 def _once(command: Sequence[str], processes: int, devices: int) -> int:
-    address = f"127.0.0.1:{_free_port()}"
-    running = [_start(command, address, processes, i, devices) for i in range(processes)]
+    where = places(processes, devices)
+    running = [start(command, place) for place in where]
     printers = [
         threading.Thread(target=_prefix, args=(i, process.stdout), daemon=True)
         for i, process in enumerate(running)
@@ -57,20 +59,26 @@ def _once(command: Sequence[str], processes: int, devices: int) -> int:
     return first
 
 
-def _start(
-    command: Sequence[str], address: str, processes: int, index: int, devices: int
-) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": str(processes),
-        "JAX_PROCESS_ID": str(index),
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_PLATFORMS": "cpu",
-    }
+def places(processes: int, devices: int = 1, port: int | None = None) -> list[dict[str, str]]:
+    """The environment of each process: where they meet, on a free port, and which one it is."""
+    address = f"127.0.0.1:{port or free_port()}"
+    return [
+        {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(index),
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_PLATFORMS": "cpu",
+        }
+        for index in range(processes)
+    ]
+
+
+def start(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """`jaxformer COMMAND` with `environment` over this one's, its output in one pipe."""
     return subprocess.Popen(
         [sys.executable, "-m", "jaxformer", *command],
-        env=environment,
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -82,7 +90,7 @@ def _prefix(index: int, lines: IO[str] | None) -> None:
         print(f"[{index}] {line}", end="", file=sys.stderr, flush=True)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

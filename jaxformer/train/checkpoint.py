@@ -1,24 +1,31 @@
 """Checkpoints: a plain nested dict of arrays and a JSON page, written by orbax in the background.
 
 `<workdir>/checkpoints/<step>/state` holds the arrays under the names of `jaxformer.paths`,
-`.../meta` what else a run needs: phase, config, versions, layout. The layout is a public
-contract: changing a name needs an entry in `MIGRATIONS` and a new golden checkpoint in the tests.
+`.../meta` what else a run needs: phase, config, versions, layout; `.../digest.*` checksums. The
+layout is a public contract: changing a name needs an entry in `MIGRATIONS` and a new golden
+checkpoint in the tests. `workdir` is any path that etils knows, such as gs://bucket/run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import re
+import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from jaxformer import paths
-from jaxformer.parallel.multihost import lost
+from jaxformer.parallel.multihost import all_say, lost
 from jaxformer.recipe import ConfigError, InitFrom, TrainState
+from jaxformer.storage import digest
+from jaxformer.storage.digest import CheckpointDamaged
+from jaxformer.storage.failures import CheckpointFailed, explained, quiet
+from jaxformer.storage.places import AnyPath, place
 
 LAYOUT = 1
 # {n: what a leaf of layout n + 1 was called in layout n}
@@ -33,6 +40,13 @@ def flatten(state: TrainState) -> dict[str, Any]:
     else:
         key = jax.random.key_data(state.key)
     return paths.leaves(state.replace(key=key))
+
+
+def unflatten(arrays: Mapping[str, jax.Array], abstract: TrainState) -> TrainState:
+    """The state of `flatten`ed arrays."""
+    # The key's data has one axis more than the key, so it is refilled apart.
+    rest = paths.refill(abstract.replace(key=0), {**arrays, "key": 0})
+    return rest.replace(key=jax.random.wrap_key_data(arrays["key"]))
 
 
 def _old_name(name: str, layout: int) -> str:
@@ -51,16 +65,23 @@ class Checkpoints:
     """The checkpoints of one run. Use as a context manager: closing waits for the last write."""
 
     def __init__(
-        self, workdir: str | Path, *, keep: int | None = None, keep_every: int | None = None
+        self,
+        workdir: AnyPath,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
     ) -> None:
         """Keep the newest `keep` checkpoints (all when None) and every `keep_every`-th step."""
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = place(workdir) / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every)
         # Handlers are named so that a manager that has not saved yet can read metadata too.
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=handlers
         )
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+        quiet()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -69,31 +90,98 @@ class Checkpoints:
         if error is not None and lost(error):
             return  # what is being written waits for a process that is gone
         # An exit without close leaves orbax's event loop to print a storm of errors.
+        failed = isinstance(error, CheckpointFailed)
         try:
-            self._manager.wait_until_finished()
+            if not failed:
+                self.wait()
+        except CheckpointFailed:
+            failed = True
+            raise
         finally:
-            self._manager.close()
+            self._background.shutdown()
+            with contextlib.suppress(*([Exception] if failed else [])):
+                self._manager.close()  # says once more what failed
 
     def steps(self) -> list[int]:
         """Saved steps, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def newest(self) -> int | None:
+        """The newest step that is whole, None if nothing was saved; damaged ones are set aside.
+
+        Raises:
+            CheckpointDamaged: there are checkpoints, and all are damaged.
+        """
+        damaged = None
+        for step in reversed(self.steps()):
+            try:
+                self.verify(step)
+                return step
+            except CheckpointDamaged as error:
+                damaged = error
+            print(f"checkpoint {step} is damaged and skipped: {damaged}", file=sys.stderr)
+            if jax.process_index() == 0:
+                (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
+            all_say(True)  # nobody looks before it is renamed
+            self._manager.reload()
+        if damaged is not None:
+            raise CheckpointDamaged(f"no whole checkpoint is left in {self.directory}: {damaged}")
+        return None
+
+    def verify(self, step: int) -> None:
+        """Compare a saved step with its checksums, where it has some.
+
+        Raises:
+            CheckpointDamaged: it is not what was written; the same in all processes.
+        """
+        digest.verify_together(self.directory / str(step))
+
     def save(self, step: int, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Start writing; returns once the arrays are copied off the device.
 
         A phase without steps ends at the step of the one before and takes its place.
+
+        Raises:
+            CheckpointFailed: the one before could not be written.
         """
+        self.wait()
         if step in self.steps():
-            self.wait()
             self._manager.delete(step)
         page = {**meta, "step": step, "layout": LAYOUT, "versions": versions()}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(paths.nest(flatten(state))), meta=ocp.args.JsonSave(page)
         )
-        self._manager.save(step, args=items, force=True)
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._saving = self._background.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        """In the background: wait for the last byte, then note the checksums."""
+        try:
+            self._manager.wait_until_finished()
+            digest.write(self.directory / str(step), jax.process_index(), jax.process_count())
+        except Exception as error:
+            raise self._failure(step, error) from error
+
+    def _failure(self, step: int, error: Exception) -> Exception:
+        return explained(error, step, self.directory, [s for s in self.steps() if s != step])
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, if anything did by now."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Wait for the write under way.
+
+        Raises:
+            CheckpointFailed: it could not be written.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON page of a saved step.
@@ -117,11 +205,7 @@ class Checkpoints:
         Raises:
             ConfigError: the saved arrays do not fit `abstract`; names the first that does not.
         """
-        arrays = self.restore_arrays(step, flatten(abstract), whole=True)
-        key = jax.random.wrap_key_data(arrays["key"])
-        # The key's data has one axis more than the key, so it is refilled apart.
-        rest = paths.refill(abstract.replace(key=0), {**arrays, "key": 0})
-        return rest.replace(key=key)
+        return unflatten(self.restore_arrays(step, flatten(abstract), whole=True), abstract)
 
     def restore_arrays(
         self, step: int, wanted: Mapping[str, Any], *, whole: bool = False
@@ -164,13 +248,13 @@ class Checkpoints:
                 )
 
 
-def saved_steps(workdir: str | Path) -> list[int]:
+def saved_steps(workdir: AnyPath) -> list[int]:
     """The checkpoints of a run.
 
     Raises:
         ConfigError: there are none.
     """
-    if not (Path(workdir) / "checkpoints").is_dir():
+    if not (place(workdir) / "checkpoints").is_dir():
         raise ConfigError(
             f"workdir: no checkpoints in {workdir}; give the --workdir of a training run"
         )

@@ -6,25 +6,29 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from jaxformer import paths
 from jaxformer.data.base import prefetch
+from jaxformer.errors import STOPPED
+from jaxformer.kernels.told import told
+from jaxformer.observe.goodput import Goodput
+from jaxformer.observe.metrics import Jsonl, Progress, Sink, TensorBoard
+from jaxformer.observe.trace import Trace
+from jaxformer.observe.watchdog import Watchdog
 from jaxformer.parallel.mesh import make_mesh
-from jaxformer.parallel.multihost import first_says, several, told_to_stop
+from jaxformer.parallel.multihost import first_says, several, stop_signals, told_to_stop
 from jaxformer.parallel.sharding import host_rows, place_batch
 from jaxformer.recipe import Batch, EvalContext, Evaluator, Metrics, Phase, Recipe, TrainState
-from jaxformer.train.checkpoint import Checkpoints
-from jaxformer.train.metrics import Jsonl, Progress, Sink, TensorBoard
+from jaxformer.storage.local import LocalTier
+from jaxformer.storage.places import AnyPath, place
+from jaxformer.train.checkpoint import Checkpoints, flatten, unflatten
 from jaxformer.train.states import (
     abstract_states,
     averaged,
@@ -53,12 +57,16 @@ class FitOptions:
     log_every: int = 20  # steps
     checkpoint_every: int = 0  # steps; 0: only at phase ends
     checkpoint_minutes: float = 10.0  # and at least this often
+    local_dir: str = ""  # on a local disk of each host: a second tier of checkpoints
+    local_every: int = 0  # steps between its copies; 0: no such tier
     keep: int | None = 3  # newest checkpoints to keep
     keep_every: int | None = None  # and every n-th step for good
     max_bad_steps: int = 20  # non-finite steps in a row before the run stops
     tensorboard: bool = False
     progress: bool = True
+    hang_minutes: float = 0.0  # a process that stands still so long is ended; 0: it waits for ever
     stop_after: int | None = None  # leave at this global step, as if interrupted
+    profile: tuple[int, int] | None = None  # first and last step of a trace in workdir/profile
 
 
 DEFAULTS = FitOptions()
@@ -67,7 +75,7 @@ DEFAULTS = FitOptions()
 def fit(
     recipe: Recipe,
     *,
-    workdir: str | Path | None = None,
+    workdir: AnyPath | None = None,
     mesh: Mesh | None = None,
     options: FitOptions = DEFAULTS,
 ) -> TrainState:
@@ -79,10 +87,12 @@ def fit(
         ConfigError: the recipe and the checkpoint, the batch or the mesh do not fit.
         NonFiniteError: after `options.max_bad_steps` such steps in a row; a checkpoint is saved.
         Interrupted: on SIGTERM, SIGINT or `options.stop_after`, once a checkpoint is saved.
+        CheckpointFailed: a checkpoint could not be written, as on a full disk.
+        CheckpointDamaged: `workdir` has checkpoints and not one is whole.
     """
     mesh = mesh or make_mesh()
     with contextlib.ExitStack() as stack:
-        run = _Run(recipe, mesh, options, Path(workdir) if workdir else None, stack)
+        run = _Run(recipe, mesh, options, place(workdir) if workdir else None, stack)
         stack.enter_context(jax.set_mesh(mesh))
         for index in range(run.first_phase, len(recipe.phases)):
             run.phase(index)
@@ -97,44 +107,76 @@ class _Run:
         recipe: Recipe,
         mesh: Mesh,
         options: FitOptions,
-        workdir: Path | None,
+        workdir: epath.Path | None,
         stack: contextlib.ExitStack,
     ) -> None:
         self.recipe, self.mesh, self.options, self.workdir = recipe, mesh, options, workdir
+        self.step = 0  # a Python int: reading state.step would wait for the device
         self.progress: Progress | None = None
         self.sinks: list[Sink] = []
+        self.rows: Jsonl | None = None
         self.checkpoints: Checkpoints | None = None
+        self.local: LocalTier | None = None
+        self.doing: Callable[..., object] = lambda what, **_: None
+        if options.hang_minutes:
+            self.doing = stack.enter_context(Watchdog(options.hang_minutes, STOPPED)).doing
         if workdir is not None:
             workdir.mkdir(parents=True, exist_ok=True)
+        self.goodput = Goodput(workdir if jax.process_index() == 0 else None)
+        stack.callback(lambda: self.goodput.close(self.step))
+        if workdir is not None:
             self.checkpoints = stack.enter_context(
                 Checkpoints(workdir, keep=options.keep, keep_every=options.keep_every)
             )
+            if options.local_every:
+                self.local = LocalTier(options.local_dir, workdir)
+                stack.callback(self.local.close)
         self.abstract = abstract_states(recipe, mesh)
-        self.step = 0  # a Python int: reading state.step would wait for the device
         self.first_phase, self.resumed = 0, False
-        saved = self.checkpoints.steps() if self.checkpoints else []
-        if self.checkpoints and saved:
-            self.step, self.resumed = saved[-1], True
+        newest = self.checkpoints.newest() if self.checkpoints else None
+        if self.checkpoints and newest is not None:
+            self.step = newest
             page = self.checkpoints.meta(self.step)
-            self.first_phase = saved_phase(recipe, page)
-            with jax.set_mesh(mesh):
-                self.state = self.checkpoints.restore(
-                    self.step, self.abstract[self.first_phase + 1]
-                )
+            index = saved_phase(recipe, page)
+            self.first_phase, self.resumed = max(index, 0), index >= 0
+            with jax.set_mesh(mesh), self.goodput.spent("restore"):
+                self.state = self.checkpoints.restore(self.step, self.abstract[index + 1])
+                page = self._closer() or page
         else:
             with jax.set_mesh(mesh):
                 self.state = initialise(recipe, mesh, options.seed)
         self._open_sinks(stack)
-        self.stop = stack.enter_context(_signals())
+        stack.callback(self.goodput.book, "save")  # at the end the last checkpoint is waited for
+        self.goodput.write(self.step)
+        self.trace = Trace(options.profile, workdir, self.status)
+        self.stop = stack.enter_context(stop_signals())
         self.stopping = False
         self.saved_at = time.monotonic()
         self.bad_steps = 0
         going = "continue" if self.resumed else "start"
         self.status(f"{going} at step {self.step} of {recipe.steps}")
+        if self.local:
+            self.local.forget(after=self.step)
         if self.resumed:
             was, now = (paths.leaves(c) for c in (page["config"], dict(recipe.config)))
             for name in sorted(name for name in was | now if was.get(name) != now.get(name)):
                 self.status(f"config.{name}: was {was.get(name)}, is now {now.get(name)}")
+
+    def _closer(self) -> dict[str, Any] | None:
+        """Continue from a later step of the local tier, if all have one; its page."""
+        local = self.local
+        if local is None:
+            return None
+        for step in local.newest(self.step):
+            page = local.page(step)
+            phase = saved_phase(self.recipe, page) if page else 0
+            abstract = self.abstract[phase + 1]
+            arrays = local.restore(step, flatten(abstract))
+            if arrays is not None:
+                self.step, self.first_phase, self.resumed = step, phase, True
+                self.state = unflatten(arrays, abstract)
+                return page
+        return None
 
     def _open_sinks(self, stack: contextlib.ExitStack) -> None:
         if jax.process_index() != 0:
@@ -143,7 +185,8 @@ class _Run:
             self.progress = Progress(self.recipe.steps, self.step, self.recipe.unit)
             self.sinks.append(self.progress)
         if self.workdir is not None:
-            self.sinks.append(Jsonl(self.workdir / "metrics.jsonl", resume_at=self.step))
+            self.rows = Jsonl(self.workdir / "metrics.jsonl", resume_at=self.step)
+            self.sinks.append(self.rows)
             if self.options.tensorboard:
                 self.sinks.append(TensorBoard(self.workdir / "tensorboard"))
         for sink in self.sinks:
@@ -166,7 +209,8 @@ class _Run:
             go = jax.jit(functools.partial(enter, phase), out_shardings=out)
             self.state = jax.block_until_ready(go(self.state))
         if phase.steps:
-            self._steps(phase, index, end)
+            with self.goodput.spent("steps"):
+                self._steps(phase, index, end)
         last = index == len(self.recipe.phases) - 1
         self._evaluate(phase, [e for e in self.recipe.evaluators if last or e.every == "phase_end"])
         self._save(phase)
@@ -176,20 +220,29 @@ class _Run:
     def _steps(self, phase: Phase, index: int, end: int) -> None:
         """Step until `end`; evaluate, save and leave on the way where that is due."""
         step = step_function(phase, self.abstract[index + 1], self.mesh)
-        window, guard = _Window(), "allow"
+        window, guard, dispatched = _Window(), "allow", 0.0
         pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         with (
-            _kernel_plans(self.status),
+            told(self.status),
+            contextlib.closing(self.trace),
             contextlib.closing(self._batches(phase, self.step - end + phase.steps)) as batches,
         ):
             while self.step < end:
-                batch = next(batches)
+                self.doing(f"reading the batch of step {self.step + 1}", data=True)
+                with self.goodput.waiting_for_data(dispatched):
+                    batch = next(batches)
+                self.doing(f"in step {self.step + 1}")
                 # Placing batches and fetching metrics are explicit; anything else that would
                 # cross between host and device inside a step is a bug, and raises. Tracing, in
                 # the first call, may make constants.
-                with jax.transfer_guard(guard):
+                first = guard == "allow"
+                with (
+                    self.trace.step(self.step + 1, self.state),
+                    self.goodput.spent("compile" if first else "steps"),
+                    jax.transfer_guard(guard),
+                ):
                     self.state, metrics = step(self.state, batch)
-                guard = "disallow"
+                guard, dispatched = "disallow", time.monotonic()
                 self.step += 1
                 pending.append((self.step, metrics))
                 # Metrics are read one step late: while the device works on this step the host
@@ -198,14 +251,20 @@ class _Run:
                 due = self._due() if inside else []
                 self.stopping = self._told_to_stop()
                 save = inside and (self._save_due() or self.stopping)
-                while len(pending) > (0 if due or save or not inside else 1):
+                copy = self.local and inside and self.step % self.options.local_every == 0
+                drain = due or save or copy or not inside
+                while len(pending) > (0 if drain or first else 1):
                     self._read(phase, window, *pending.popleft())
-                if due or save or not inside:
+                if not pending:
+                    self.goodput.finished(dispatched)
+                if drain:
                     self._log(phase, window)
                 self._evaluate(phase, due)
                 if save:
                     self._save(phase)
                     self._leave_if_stopped()
+                elif copy:
+                    self._copy(phase)
 
     def _batches(self, phase: Phase, first: int) -> Generator[Batch]:
         data = phase.data
@@ -233,19 +292,27 @@ class _Run:
             self._log(phase, window)
 
     def _log(self, phase: Phase, window: _Window) -> None:
+        if self.checkpoints:
+            self.checkpoints.check()
         if window.count:
             row = {"step": window.step, "phase": phase.name, **window.close()}
             for sink in self.sinks:
                 sink.write(row)
+            self.goodput.write(self.step)
 
     def _due(self) -> list[Evaluator]:
         every = [e for e in self.recipe.evaluators if isinstance(e.every, int)]
         return [e for e in every if self.step % int(e.every) == 0]
 
     def _evaluate(self, phase: Phase, evaluators: list[Evaluator]) -> None:
-        if not evaluators:
-            return
-        context = EvalContext(self.mesh, phase.name, self.workdir)
+        if evaluators:
+            with self.goodput.spent("evaluation"):
+                self._measure(phase, evaluators)
+
+    def _measure(self, phase: Phase, evaluators: list[Evaluator]) -> None:
+        alive = functools.partial(self.doing, f"evaluating step {self.step}")
+        alive()
+        context = EvalContext(self.mesh, phase.name, self.workdir, alive)
         state = jax.block_until_ready(averaged(phase.update, self.state))
         row: dict[str, Any] = {"step": self.step, "phase": phase.name}
         for evaluator in evaluators:
@@ -271,37 +338,24 @@ class _Run:
             kept = "run again to continue" if self.checkpoints else "nothing was saved: no workdir"
             raise Interrupted(f"stopped at step {self.step}; {kept}")
 
+    def _page(self, phase: Phase) -> dict[str, Any]:
+        if self.rows:
+            self.rows.sync()
+        return {"phase": phase.name, "config": dict(self.recipe.config)}
+
+    def _copy(self, phase: Phase) -> None:
+        self.doing(f"copying step {self.step}")
+        if self.local:
+            self.local.save(self.step, flatten(self.state), self._page(phase))
+
     def _save(self, phase: Phase) -> None:
         if self.checkpoints is None:
             return
-        meta = {"phase": phase.name, "config": dict(self.recipe.config)}
-        self.checkpoints.save(self.step, self.state, meta)
+        self.doing(f"saving step {self.step}")
+        with self.goodput.spent("save"):
+            self.checkpoints.save(self.step, self.state, self._page(phase))
+        self.goodput.write(self.step)
         self.saved_at = time.monotonic()
-
-
-@contextlib.contextmanager
-def _kernel_plans(say: Callable[[str], None]) -> Iterator[None]:
-    """Say once which kernel each call of a program runs, and why, when it is traced."""
-    said = set()
-
-    class Once(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            text = record.getMessage()
-            if text not in said:
-                said.add(text)
-                say(text)
-
-    log, handler = logging.getLogger("jaxformer.kernels"), Once()
-    before = log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False  # to absl's handler, which would say it again for every layer
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before[0])
-        log.propagate = before[1]
 
 
 class _Window:
@@ -325,27 +379,3 @@ class _Window:
         row |= {"steps_per_second": self.count / seconds, "items_per_second": weight / seconds}
         self._merged, self.count, self._since = {}, 0, time.monotonic()
         return row
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets, for the time of the run; the second one ends it.
-
-    Among several processes it is never set: JAX's runtime listens for SIGTERM and agrees on a step.
-    """
-    stop = threading.Event()
-    if several() or threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -7,8 +7,11 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
+
+from etils import epath
+
+from jaxformer.storage.places import AnyPath, remote
 
 
 class Sink(Protocol):
@@ -19,10 +22,10 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: AnyPath) -> list[dict[str, Any]]:
     """The rows of a metrics file; a last line cut short by a kill is left out."""
     rows = []
-    file = Path(path)
+    file = epath.Path(path)
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
             rows.append(json.loads(line))
@@ -34,13 +37,17 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 class Jsonl:
     """Appends rows to a file, one JSON object a line, flushed."""
 
-    def __init__(self, path: str | Path, *, resume_at: int = 0) -> None:
+    def __init__(self, path: AnyPath, *, resume_at: int = 0) -> None:
         """Rows beyond step `resume_at` are dropped: the resumed run writes them again."""
-        self.path = Path(path)
+        self.path = epath.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_jsonl(self.path) if row["step"] <= resume_at]
+        self._text = "".join(json.dumps(row) + "\n" for row in kept)
+        self._file: IO[str] | None = None
+        if remote(self.path):
+            return
         beside = self.path.with_suffix(".partial")  # a kill here must not lose the file
-        beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        beside.write_text(self._text)
         beside.replace(self.path)
         self._file = self.path.open("a")
 
@@ -49,17 +56,31 @@ class Jsonl:
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        line = json.dumps(clean) + "\n"
+        if self._file is None:
+            self._text += line
+        else:
+            self._file.write(line)
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Bring all rows to where they are kept: object stores cannot append to a file.
+
+        Rows that come after the newest checkpoint are written again by the run that continues.
+        """
+        if self._file is None:
+            self.path.write_text(self._text)
 
     def close(self) -> None:
-        self._file.close()
+        self.sync()
+        if self._file is not None:
+            self._file.close()
 
 
 class TensorBoard:
     """Scalars for TensorBoard, through tensorboardX."""
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: AnyPath) -> None:
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(directory))

@@ -1,0 +1,90 @@
+"""`jaxformer soak`: a small run as real processes on this machine, hit by every fault we know.
+
+The uninterrupted run comes first. Then each fault of `faults.py` once, then kill -9 at random
+moments until the time is up. Every run that was hit ends with the numbers and arrays of the
+uninterrupted one, to the last bit (across other numbers of processes to 1e-5).
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import json
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxformer.soak.faults import FAULTS, inject
+from jaxformer.soak.kills import kill_round
+from jaxformer.soak.trainees import Trial, Violation
+from jaxformer.train.checkpoint import versions
+
+# Compiled programs are kept, or half the time of a start would go into compiling the same again.
+CACHE = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
+
+
+def soak(minutes: float, seed: int, output: Path) -> bool:
+    """Write what came of every fault to `output` as JSON; whether nothing was violated."""
+    deadline = time.monotonic() + 60 * minutes
+    draw = random.Random(seed)
+    page: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {**versions(), "python": platform.python_version()},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "seed": seed,
+        "run": f"{Trial.steps} steps of a decoder on 2 processes with 1 CPU device each",
+        "faults": {},
+        "violations": [],
+        "rounds": [],
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trial = Trial(folder)
+        os.environ.update({"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **CACHE})
+        trial.prepare()
+        for fault in FAULTS:
+            page["faults"][fault] = _outcome(page, fault, inject, fault, trial)
+            _write(output, page)
+        while time.monotonic() < deadline:
+            number = len(page["rounds"])
+            found: list[dict[str, Any]] = []
+            workdir = folder / f"round_{number}"
+            said = _outcome(
+                page, f"round {number}", kill_round, trial, workdir, draw, found, deadline
+            )
+            page["rounds"].append({"kills": found, "end": said})
+            _write(output, page)
+    return not page["violations"]
+
+
+def _outcome(page: dict[str, Any], name: str, act: Any, *arguments: Any) -> str:
+    print(f"soak: {name}", file=sys.stderr, flush=True)
+    try:
+        said = act(*arguments)
+    except Violation as error:
+        said = f"VIOLATED: {error}"
+        page["violations"].append(f"{name}: {error}")
+    print(f"soak: {name}: {said}", file=sys.stderr, flush=True)
+    return said
+
+
+def _write(output: Path, page: dict[str, Any]) -> None:
+    kills = [kill for part in page["rounds"] for kill in part["kills"]]
+    moments = collections.Counter(kill["moment"] for kill in kills)
+    met = collections.Counter(kill["moment"] for kill in kills if kill["met"])
+    summary = {
+        "kills": len(kills),
+        "moments": {m: {"drawn": n, "met": met[m]} for m, n in sorted(moments.items())},
+        "others ended after, s (longest)": max((k["others_ended_in_s"] for k in kills), default=0),
+        "others ended by": dict(collections.Counter(how for k in kills for how in k["others"])),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"summary": summary, **page}, indent=1) + "\n")
