@@ -23,12 +23,14 @@ class Encoder(nn.Module):
     """Whatever `embed` reads, to (B, L, D).
 
     `class_tokens` learned vectors go in front of the sequence; `embed_norm` is of the sum of
-    embedding and position. Positions that are not `valid` are padding: nobody attends to them.
+    embedding and position; `scheme` makes a position scheme that all layers share. Positions that
+    are not `valid` are padding: nobody attends to them.
     """
 
     embed: Make
     stack: Make
     position: Make | None = None
+    scheme: Make | None = None
     embed_norm: Make | None = None
     norm: Make | None = Make(LayerNorm)
     class_tokens: int = 0
@@ -61,7 +63,10 @@ class Encoder(nn.Module):
             x_BxLxD = self.embed_norm(name="embed_norm")(x_BxLxD)
         x_BxLxD = Dropout(self.dropout, name="dropout")(x_BxLxD, train=train)
         x_BxLxD = constrain(x_BxLxD, ("batch", "length", "embed"))
-        x_BxLxD = self.stack(name="stack")(x_BxLxD, mask=mask, positions=positions, train=train)
+        options = {"positions": positions, "train": train}
+        if self.scheme is not None:
+            options["scheme"] = self.scheme(name="scheme")()
+        x_BxLxD = self.stack(name="stack")(x_BxLxD, mask=mask, **options)
         return x_BxLxD if self.norm is None else self.norm(name="norm")(x_BxLxD)
 
 

@@ -23,15 +23,17 @@ CAUSAL = Causal()
 class DecoderLM(nn.Module):
     """Tokens (B, L) to the logits (B, L, V) of the next ones.
 
-    Without a `head` the logits come from the embedding table. With decode=True the tokens go on
-    from those read before, the state is the collection "cache", and the logits (B, 1, V) are those
-    after the last token: of a prompt no others are asked for.
+    `scheme` makes a position scheme that all layers share. Without a `head` the logits come from
+    the embedding table. With decode=True the tokens go on from those read before, the state is the
+    collection "cache", and the logits (B, 1, V) are those after the last token: of a prompt no
+    others are asked for.
     """
 
     vocabulary: int
     width: int
     stack: Make
     position: Make | None = None
+    scheme: Make | None = None
     norm: Make | None = Make(LayerNorm)
     head: Make | None = None
     dropout: float = 0.0
@@ -54,6 +56,8 @@ class DecoderLM(nn.Module):
         x_BxLxD = Dropout(self.dropout, name="dropout")(x_BxLxD, train=train)
         x_BxLxD = constrain(x_BxLxD, ("batch", "length", "embed"))
         options = {"positions": positions, "train": train, "decode": decode}
+        if self.scheme is not None:
+            options["scheme"] = self.scheme(name="scheme")()
         x_BxLxD = self.stack(name="stack")(x_BxLxD, mask=mask, **options)
         x_BxLxD = x_BxLxD[:, -1:] if decode else x_BxLxD
         if self.norm is not None:

@@ -55,6 +55,14 @@ class MaskedHead(nn.Module):
         return logits + bias
 
 
+class EveryPosition(nn.Module):
+    """No pooling: a class for each position."""
+
+    def __call__(self, x_BxLxD: jax.Array, valid_BxL: jax.Array | None = None) -> jax.Array:
+        del valid_BxL
+        return x_BxLxD
+
+
 class FirstToken(nn.Module):
     """The first position: a class token."""
 

@@ -1,10 +1,12 @@
-"""Biases by relative position that the layers of a stack share."""
+"""Tables by relative position: biases of scores and weights of probabilities, per head and offset.
+
+Called, a module of this file gives a `TableScheme`, which the layers of a stack share.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,12 +14,67 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxformer.kernels.attention import Tile, Toeplitz
+from jaxformer.errors import ConfigError
+from jaxformer.kernels.attention import Operand, ProbMod, Tile, Toeplitz
 from jaxformer.nn.position import At, Mods
+
+Entries = Callable[[np.ndarray], np.ndarray]  # the row of a table for keys so far ahead
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TableScheme:
+    """`bias` is added to the scores, `weight` multiplies the probabilities; each (entries, H).
+
+    `entry` says which row belongs to a key so far ahead of the query (its position minus that of
+    the query); distances beyond `longest` have that of `longest`, or, where `strict`, are refused.
+    """
+
+    entry: Entries
+    longest: int
+    bias: jax.Array | None = None
+    weight: jax.Array | None = None
+    strict: bool = False
+
+    def mods(self, heads: int, at: At) -> Mods:
+        """A band over all scores; at given positions, one number for each score."""
+        tables = {"bias": self.bias, "weight": self.weight}
+        tables = {name: table for name, table in tables.items() if table is not None}
+        for table in tables.values():
+            if table.shape[1] != heads:
+                raise ConfigError(f"model.heads={heads}: the table has {table.shape[1]}")
+        if self.strict and max(at.queries, at.keys) > self.longest + 1:
+            raise ConfigError(
+                f"model.length={self.longest + 1}: a sequence has {max(at.queries, at.keys)} "
+                "positions; the tables have no entry for its distances"
+            )
+        aux = {name: self._lay(table, at) for name, table in tables.items()}
+        weigh = ProbMod(_weigh, linear=True) if self.weight is not None else None
+        return Mods(_add if self.bias is not None else None, weigh, aux)
+
+    def _lay(self, table: jax.Array, at: At) -> Operand:
+        if at.q_pos is None or at.k_pos is None:
+            ahead = np.arange(at.keys - 1, -at.queries, -1)  # as a Toeplitz band lies
+            ahead = np.clip(ahead, -self.longest, self.longest)
+            return Toeplitz(table[self.entry(ahead)].T)
+        known = np.arange(-self.longest, self.longest + 1)
+        ahead = at.k_pos[..., None, :] - at.q_pos[..., :, None]
+        index = jnp.clip(ahead, -self.longest, self.longest) + self.longest
+        rows = jnp.take(jnp.asarray(self.entry(known)), index)
+        return Tile(jnp.moveaxis(jnp.take(table, rows, axis=0), -1, -3))
+
+
+def _add(score: jax.Array, at: Any, aux: Mapping[str, jax.Array]) -> jax.Array:
+    del at
+    return score + aux["bias"]
+
+
+def _weigh(p: jax.Array, at: Any, aux: Mapping[str, jax.Array]) -> jax.Array:
+    del at
+    return p * aux["weight"]
 
 
 class BucketBias(nn.Module):
-    """The table of T5's biases, one per head and bucket of distances; called, it is a `Scheme`.
+    """The biases of T5, one per head and bucket of distances.
 
     Raffel et al. 2019, arXiv 1910.10683, section 2.1: half of the buckets hold one distance each,
     the others grow logarithmically up to `longest`, beyond which all share the last.
@@ -29,53 +86,24 @@ class BucketBias(nn.Module):
     both_ways: bool = True
 
     @nn.compact
-    def __call__(self) -> BucketScheme:
+    def __call__(self) -> TableScheme:
         init = jax.nn.initializers.normal(1.0)
         table = self.param("table", init, (self.buckets, self.heads), jnp.float32)
-        return BucketScheme(table, self.longest, self.both_ways)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class BucketScheme:
-    """A table (buckets, H), and which bucket a distance falls into."""
-
-    table: jax.Array
-    longest: int
-    both_ways: bool
-
-    def mods(self, heads: int, at: At) -> Mods:
-        """A band over all scores, or, at given positions, one number for each of them."""
-        if self.table.shape[1] != heads:
-            raise ValueError(f"BucketBias.heads={self.table.shape[1]}: the scores have {heads}")
-        if at.q_pos is None or at.k_pos is None:
-            ahead = np.arange(
-                at.keys - 1, -at.queries, -1
-            )  # key minus query, as a Toeplitz band lies
-            return Mods(_add_bias, aux={"bias": Toeplitz(self.table[self.bucket(ahead)].T)})
-        # Distances beyond `longest` share a bucket, so that a short list of them is enough.
-        known = np.arange(-self.longest, self.longest + 1)
-        ahead = at.k_pos[..., None, :] - at.q_pos[..., :, None]
-        index = jnp.clip(ahead, -self.longest, self.longest) + self.longest
-        bias = jnp.take(self.table, jnp.take(jnp.asarray(self.bucket(known)), index), axis=0)
-        return Mods(_add_bias, aux={"bias": Tile(jnp.moveaxis(bias, -1, -3))})
+        return TableScheme(self.bucket, self.longest, table)
 
     def bucket(self, ahead: np.ndarray) -> np.ndarray:
         """The bucket of keys so far ahead of the query."""
-        buckets = self.table.shape[0]
-        first = np.zeros_like(ahead)
-        if self.both_ways:
-            buckets //= 2
-            first = np.where(ahead > 0, buckets, 0)
-            away = np.abs(ahead)
-        else:
-            away = np.maximum(-ahead, 0)
-        exact = buckets // 2
-        ratio = np.float32(np.maximum(away, 1)) / np.float32(exact)
-        grown = np.log(ratio) / np.float32(math.log(self.longest / exact)) * (buckets - exact)
-        large = np.minimum(exact + grown.astype(np.int32), buckets - 1)
-        return (first + np.where(away < exact, away, large)).astype(np.int32)
+        if not self.both_ways:
+            return log_buckets(np.maximum(-ahead, 0), self.buckets, self.longest)
+        half = self.buckets // 2
+        near = log_buckets(np.abs(ahead), half, self.longest)
+        return near + np.where(ahead > 0, half, 0).astype(np.int32)
 
 
-def _add_bias(score: jax.Array, at: Any, aux: Mapping[str, jax.Array]) -> jax.Array:
-    del at
-    return score + aux["bias"]
+def log_buckets(distance: np.ndarray, buckets: int, longest: int) -> np.ndarray:
+    """0, 1, 2, ... for the first half of the buckets, then logarithmic up to `longest`."""
+    exact = buckets // 2
+    ratio = np.float32(np.maximum(distance, 1)) / np.float32(exact)
+    grown = np.log(ratio) / np.log(np.float32(longest / exact)) * (buckets - exact)
+    large = np.minimum(exact + grown.astype(np.int32), buckets - 1)
+    return np.where(distance < exact, distance, large).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Classification of whole inputs."""
+"""Classification of whole inputs, or of each of their positions."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from jaxformer.tasks.losses import cross_entropy, is_correct
 class ClassifyTask:
     """Cross-entropy of `model`, which maps inputs to class logits (B, C). It also `Predicts`.
 
+    Logits (B, L, C) and labels (B, L), with weights (B,) or (B, L), give every position a class.
     Batches are {"image" or "inputs", "label": (B,) int32} and optionally {"weight": (B,)} and
     {"valid": (B, L) bool}, which the model receives as `valid_BxL`.
     """
@@ -44,14 +45,15 @@ class ClassifyTask:
         logits_BxC, extra = linen.apply(
             self.model, params, extra, inputs, key=key, train=train, **masks
         )
-        label, weight = jnp.asarray(batch["label"]), batch.get("weight", 1.0)
+        label, weight = jnp.asarray(batch["label"]), jnp.asarray(batch.get("weight", 1.0))
+        weight = weight.reshape(weight.shape + (1,) * (label.ndim - weight.ndim))
         objective = Mean.of(cross_entropy(logits_BxC, label, self.label_smoothing), weight)
         accuracy = Mean.of(is_correct(logits_BxC, label), weight)
         metrics = {"loss": objective, "accuracy": accuracy}
         return LossOutput(objective.value(), objective.weight, metrics, extra)
 
     def predict(self, params: Params, extra: Extra, batch: Batch, *, key: jax.Array) -> jax.Array:
-        """Logits (B, C)."""
+        """Logits (B, C) or (B, L, C)."""
         inputs, masks = _inputs(batch)
         return linen.apply(self.model, params, extra, inputs, key=key, train=False, **masks)[0]
 
