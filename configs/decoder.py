@@ -28,7 +28,7 @@ def get_config(preset: str) -> ConfigDict:
         "dropout": 0.0,
         "tied": True,
         "scan": False,
-        "remat": False,
+        "remat": "none",
         "dtype": "float32",
     }
     config.data = {
@@ -55,7 +55,7 @@ def get_config(preset: str) -> ConfigDict:
 
 def large(config: ConfigDict, preset: str) -> None:
     """Sizes of Radford et al. 2019, Brown et al. 2020 (table 2.1) and Touvron et al. 2023."""
-    config.model.update({"dtype": "bfloat16", "scan": True, "remat": True})
+    config.model.update({"dtype": "bfloat16", "scan": True, "remat": "full"})
     config.optim.update(learning_rate=3e-4, warmup_steps=2000, final=0.1)
     config.evaluate.update({"every": 2000, "batches": 64})
     config.fit.update(log_every=50, checkpoint_every=1000)
@@ -65,7 +65,7 @@ def large(config: ConfigDict, preset: str) -> None:
         config.model.update({"use_bias": True, "vocabulary": 50_304})
     if preset == "gpt2_124m":
         config.model.update({"width": 768, "depth": 12, "heads": 12, "kv_heads": 12})
-        config.model.update({"hidden": 3072, "remat": False})
+        config.model.update({"hidden": 3072, "remat": "none"})
         config.update({"batch_size": 512})
         config.data.length = 1024
         config.optim.learning_rate = 6e-4

@@ -27,7 +27,7 @@ def get_config(preset: str) -> ConfigDict:
         "position": "learned",
         "dropout": 0.0,
         "scan": False,
-        "remat": False,
+        "remat": "none",
         "tied": True,
         "dtype": "float32",
     }

@@ -29,7 +29,7 @@ def get_config(preset: str) -> ConfigDict:
             "positions": 41,  # points, query included, that the position table has room for
             "dropout": 0.0,
             "scan": False,
-            "remat": False,
+            "remat": "none",
             "dtype": "float32",
         }
     if preset == "tiny":

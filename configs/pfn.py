@@ -30,7 +30,7 @@ def get_config(preset: str) -> ConfigDict:
         "query_attends_self": True,  # False: as in the authors' later library
         "unit_inputs": False,  # standardise features that come from [0, 1]
         "scan": False,
-        "remat": False,
+        "remat": "none",
         "dtype": "float32",
     }
     config.data = {

@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _unfinished(error: Exception) -> int:
     """The exit code of a run that did not end as it should; raises what nobody expects."""
     from jaxformer.parallel.multihost import PeersLost, leave, lost
-    from jaxformer.train.checkpoint import CheckpointDamaged, CheckpointFailed
+    from jaxformer.storage.digest import CheckpointDamaged
+    from jaxformer.storage.failures import CheckpointFailed
     from jaxformer.train.fit import Interrupted, NonFiniteError
 
     gone = error if isinstance(error, PeersLost) else lost(error)
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mesh", help="a file of configs/mesh, such as v5e_256")
     sub.add_argument("--workdir", help="default: runs/<paper>-<preset>")
     sub.add_argument("--stop-after", type=int, metavar="STEP", help="save and leave at this step")
+    sub.add_argument("--profile", metavar="steps=10..15", help="write an xprof trace of these")
 
     sub = verb("multihost", _multihost, "run a verb as several processes on this machine")
     sub.add_argument("--processes", type=int, required=True)
@@ -116,10 +118,38 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--topology", help="v5e:16x16, v5p:8x8x16, h200:8x8, ...; default: the mesh's")
     sub.add_argument("--search", action="store_true", help="find the largest micro-batch")
 
-    sub = verb("evaluate", _evaluate, "run a run's evaluators on its checkpoints")
-    sub.add_argument("--workdir", required=True)
+    sub = verb("evaluate", _evaluate, "measure checkpoints, one or many, side by side")
+    sub.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="run or folder")
     sub.add_argument("--steps", default="last", help="last, all, N or N:M")
-    sub.add_argument("--output", help="default: <workdir>/evaluation.json")
+    sub.add_argument("--text", action="append", help="a glob of text files: perplexity")
+    sub.add_argument("--images", help="folder of classes, TFDS folder:split, or digits: accuracy")
+    sub.add_argument("--choices", help='lines {"question", "choices", "answer"}: accuracy')
+    sub.add_argument("--own", action="store_true", help="the run's evaluators beside the exams")
+    sub.add_argument("--length", type=int, help="tokens of a window of text")
+    sub.add_argument("--batch", type=int, help="rows; default: as many as fit, at most 32")
+    sub.add_argument("--watch", action="store_true", help="each new checkpoint as it is written")
+    sub.add_argument("--until", type=int, metavar="STEP", help="watch: the last one to wait for")
+    sub.add_argument("--output", help="folder of the results; default: the first checkpoint's run")
+
+    sub = verb("import", _import, "make a run of a Hugging Face folder, an export, authors' files")
+    sub.add_argument("source", help="folder, or with --paper a file of tensors")
+    sub.add_argument("--paper", help="the paper whose authors' weights these are")
+    sub.add_argument("--config", help="with --paper: its config, such as pfn:paper")
+    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+
+    for name, run, text in (
+        ("export", _export, "write a run's weights as safetensors, with config and model card"),
+        ("convert", _convert, "make a run of another's weights: averaged, cast, stacked"),
+    ):
+        sub = verb(name, run, text)
+        sub.add_argument("run_folder", metavar="RUN")
+        sub.add_argument("out", metavar="OUT", help="a new folder")
+        sub.add_argument("--steps", default="last", help="last, all, N or N:M; several: their mean")
+        sub.add_argument("--weights", choices=("averaged", "raw"), default="averaged")
+        sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+        if name == "convert":
+            sub.add_argument("--layers", choices=("stacked", "unrolled"))
 
     sub = verb("sample", _sample, "continue a prompt with a trained model")
     sub.add_argument("--workdir", required=True)
@@ -130,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=int)
     sub.add_argument("--top-p", type=float)
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--stream", action="store_true", help="print tokens as they come")
 
     sub = verb("reproduce", _reproduce, "measure the claims of a paper")
     sub.add_argument("paper", help="a paper, or all")
@@ -200,19 +231,24 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     from jaxformer.analyze.summary import parameter_count
     from jaxformer.catalogue import build
+    from jaxformer.evaluation.goodput import goodput
     from jaxformer.evaluation.report import training_report
     from jaxformer.parallel import multihost
     from jaxformer.parallel.mesh import make_mesh
     from jaxformer.recipe import Generates
     from jaxformer.train.fit import FitOptions, fit
+    from jaxformer.train.goodput import traced_steps
     from jaxformer.train.states import restore_averaged
 
+    how = {"profile": traced_steps(options.profile) if options.profile else None}
     workdir = options.workdir or f"runs/{_label(options.config)}"
     multihost.start()
     recipe = build(config)
     mesh = make_mesh(config.mesh.to_dict())
-    settings = FitOptions(seed=config.seed, stop_after=options.stop_after, **config.fit)
+    settings = FitOptions(seed=config.seed, stop_after=options.stop_after, **how, **config.fit)
     fit(recipe, workdir=workdir, mesh=mesh, options=settings)
+    if jax.process_index() == 0:
+        print(f"goodput: {goodput(workdir)}", file=sys.stderr)
     _, state = restore_averaged(recipe, workdir, mesh=mesh)
     samples: list[str] = []
     if isinstance(recipe.task, Generates) and "sample" in config:
@@ -271,20 +307,6 @@ def _show(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(describe(build(config), make_mesh(config.mesh.to_dict())))
 
 
-def _recipe_of_run(workdir: str, step: int | None = None) -> Any:
-    """The recipe and mesh of a run, rebuilt from the config in its checkpoint."""
-    from ml_collections import ConfigDict
-
-    from jaxformer.catalogue import build
-    from jaxformer.parallel.mesh import make_mesh
-    from jaxformer.train.checkpoint import Checkpoints, saved_steps
-
-    steps = saved_steps(workdir)
-    with Checkpoints(workdir) as checkpoints:
-        config = ConfigDict(checkpoints.meta(steps[-1] if step is None else step)["config"])
-    return build(config), make_mesh(config.mesh.to_dict()), steps
-
-
 def _plan(options: argparse.Namespace, overrides: Any) -> int:
     from jaxformer.config import load_config
 
@@ -305,43 +327,97 @@ def _plan(options: argparse.Namespace, overrides: Any) -> int:
 
 
 def _evaluate(options: argparse.Namespace, _: Any) -> None:
-    recipe, mesh, saved = _recipe_of_run(options.workdir)
-    from jaxformer.evaluation.evaluators import evaluate, select_steps
+    from jaxformer.evaluation.exams import ImageAccuracy, MultipleChoice, Perplexity
     from jaxformer.evaluation.report import text_table
+    from jaxformer.interop.huggingface import is_folder
     from jaxformer.storage.places import place
+    from jaxformer.tools.evaluate import evaluate, watch, write_results
 
-    results = evaluate(recipe, options.workdir, steps=select_steps(saved, options.steps), mesh=mesh)
-    rows = [{"step": step, **values} for step, values in results.items()]
-    output = place(options.output or place(options.workdir) / "evaluation.json")
-    output.write_text(json.dumps(rows, indent=2) + "\n")
-    print(text_table(rows))
+    exams: list[Any] = []
+    if options.text:
+        exams.append(Perplexity(tuple(options.text), options.length, options.batch))
+    if options.images:
+        exams.append(ImageAccuracy(options.images, options.batch))
+    if options.choices:
+        exams.append(MultipleChoice(options.choices, options.batch))
+    own = options.own or not exams
+    first = place(options.checkpoints[0])
+    folder = place(options.output or (f"runs/{first.name}" if is_folder(first) else first))
+    if not options.watch:
+        rows = evaluate(options.checkpoints, steps=options.steps, exams=exams, own=own)
+        paths = write_results(rows, folder)
+        print(text_table(rows))
+        print(f"results: {', '.join(map(str, paths))}")
+        return
+    if len(options.checkpoints) > 1 or is_folder(first):
+        raise ConfigError("watch: give the workdir of one run that is being trained")
+    rows = []
+    for row in watch(first, exams=exams, own=own, until=options.until):
+        rows.append(row)
+        write_results(rows, folder)
+        print(text_table([row]), flush=True)
+
+
+def _import(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from jaxformer.tools.convert import import_authors, import_folder
+
+    if options.paper:
+        fields = {name.replace(".", "__"): value for name, value in overrides.items()}
+        how = {"config": options.config, **fields}
+        print(import_authors(options.paper, options.source, options.workdir, **how))
+        return
+    if options.config or overrides:
+        raise ConfigError("import: --config is for --paper; a folder brings its own")
+    print(import_folder(options.source, options.workdir, dtype=options.dtype))
+
+
+def _export(options: argparse.Namespace, _: Any) -> None:
+    from jaxformer.tools.convert import export
+
+    how = {"steps": options.steps, "weights": options.weights, "dtype": options.dtype}
+    print(export(options.run_folder, options.out, **how))
+
+
+def _convert(options: argparse.Namespace, _: Any) -> None:
+    from jaxformer.tools.convert import convert
+
+    how = {"steps": options.steps, "weights": options.weights, "dtype": options.dtype}
+    print(convert(options.run_folder, options.out, layers=options.layers, **how))
 
 
 def _sample(options: argparse.Namespace, _: Any) -> None:
-    recipe, mesh, _ = _recipe_of_run(options.workdir, options.step)
     import jax
 
     from jaxformer.recipe import Generates
     from jaxformer.sampling.autoregressive import generate
-    from jaxformer.train.states import restore_averaged
+    from jaxformer.tools.subject import open_subject, run_prompt
 
-    if not isinstance(recipe.task, Generates):
-        raise ConfigError(
-            f"sample: {recipe.config['paper']} is no language model; it cannot generate"
-        )
-    _, state = restore_averaged(recipe, options.workdir, step=options.step, mesh=mesh)
-    prompts = options.prompt or [recipe.config["sample"]["prompt"]]
+    subject = open_subject(options.workdir, options.step)
+    if not isinstance(subject.task, Generates):
+        raise ConfigError(f"sample: {subject.name} is no language model; it cannot generate")
+    prompts = options.prompt or [run_prompt(options.workdir)]
+
+    def show(row: int, token: int) -> None:
+        print(subject.task.decode([token]), end="", flush=True)  # type: ignore[attr-defined]
+
+    stream = options.stream and len(prompts) == 1
+    if stream:
+        print(prompts[0], end="")
     texts = generate(
-        recipe.task,
-        state.params,
-        state.extra,
+        subject.task,
+        subject.state.params,
+        subject.state.extra,
         prompts,
         length=options.length,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         key=jax.random.key(options.seed),
+        on_token=show if stream else None,
     )
+    if stream:
+        print()
+        return
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text)
 

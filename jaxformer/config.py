@@ -40,6 +40,7 @@ def base(paper: str) -> ConfigDict:
                 "final": 0.0,  # last learning rate, as a fraction of the peak
                 "weight_decay": 0.0,
                 "clip": 1.0,  # of the global gradient norm; 0: none
+                "offload": False,  # the optimiser's moments wait in the host's memory
             },
             "gradient": {"accumulate": 1, "ema": 0.0},  # micro-batches per step; EMA decay, 0: none
             "fit": {

@@ -41,8 +41,8 @@ def test_list_and_mistakes_need_no_jax():
         (["train", "--config", "flowfromer"], ["no file 'flowfromer'", "flowformer"]),
         (["train", "--widht", "3"], ["'--widht'", "--config.<field>=<value>"]),
         (["show", "nothing/there.py"], ["nothing/there.py"]),
-        (["evaluate"], ["--workdir"]),
-        (["evaluate", "--workdir", "/no/such/run"], ["/no/such/run", "training run"]),
+        (["evaluate"], ["CHECKPOINT"]),
+        (["evaluate", "/no/such/run"], ["/no/such/run", "training run"]),
         (["sample", "--workdir", "/no/such/run", "--length", "x"], ["--length", "invalid int"]),
         (["reproduce", "nobody"], ["nobody", "flowformer"]),
         (["trian"], ["trian", "train"]),
@@ -82,11 +82,11 @@ def test_train_evaluate_sample(tmp_path, capsys):
     assert "## Sample" in report and "curves.png" in report and "Evaluations" in report
     assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
     capsys.readouterr()
-    assert main(["evaluate", "--workdir", run, "--steps", "8:16"]) == 0
+    assert main(["evaluate", run, "--steps", "8:16"]) == 0
     rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert [row["step"] for row in rows] == [8, 12, 16]
     assert all(row["validation/loss"] > 0 for row in rows)
-    assert main(["evaluate", "--workdir", run, "--steps", "13:15"]) == 2
+    assert main(["evaluate", run, "--steps", "13:15"]) == 2
     assert "saved: " in capsys.readouterr().err
     sample = ["sample", "--workdir", run, "--prompt", "def ", "--length", "12", "--temperature"]
     assert main([*sample, "0"]) == 0

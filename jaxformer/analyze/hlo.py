@@ -47,7 +47,9 @@ def collectives(text: str) -> dict[str, Traffic]:
                 kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
                 scattered = match[2] == "reduce-scatter"
                 channel = _CHANNEL.search(line)
-                key = kind, match[1], channel[1] if channel else line
+                # Its parts may differ in layout, which is left out.
+                arrays = str(_ARRAY.findall(match[1]))
+                key = kind, arrays, channel[1] if channel else line
                 sent = times * _sent(kind, match[1], bool(match[3]), scattered, _group(line))
                 parts[key] = max(parts.get(key, Traffic(0, 0.0)), Traffic(times, sent))
     found: dict[str, Traffic] = {}
@@ -65,7 +67,7 @@ def _lines(text: str) -> dict[str, list[str]]:
         head = _COMPUTATION.match(line)
         if head:
             name = "" if line.startswith("ENTRY") else head[1]
-        elif line.startswith("}"):
+        elif line == "}":  # a kernel's own text may hold lines that start with one
             name = None
         elif name is not None:
             found[name].append(line)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from jaxformer.data.sources.text import NamedTokenizer, Text
+from jaxformer.data.sources.text import Text
+from jaxformer.data.sources.tokenizers import NamedTokenizer
 from jaxformer.evaluation.evaluators import MeanEvaluator, perplexity
 from jaxformer.models.lm import decoder_lm
 from jaxformer.models.transformer import Transformer

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
-from jax.sharding import Mesh
 
-from jaxformer.parallel.mesh import make_mesh
 from jaxformer.parallel.sharding import host_rows, place_batch
 from jaxformer.recipe import (
     Batch,
@@ -22,13 +20,10 @@ from jaxformer.recipe import (
     Mean,
     Metrics,
     Params,
-    Recipe,
     Task,
     TrainState,
 )
-from jaxformer.storage.places import AnyPath, place
-from jaxformer.train.checkpoint import saved_steps
-from jaxformer.train.states import on_device, restore_averaged
+from jaxformer.train.states import on_device
 from jaxformer.train.updates import merge
 
 
@@ -76,34 +71,6 @@ class MeanEvaluator:
             )
         values = {name: float(metric.value()) for name, metric in totals.items()}
         return values | {name: function(values) for name, function in self.derived.items()}
-
-
-def evaluate(
-    recipe: Recipe,
-    workdir: AnyPath,
-    *,
-    steps: Iterable[int] | None = None,
-    mesh: Mesh | None = None,
-) -> dict[int, dict[str, float]]:
-    """{step: {"evaluator/metric": value}} on saved `steps` of a run (the newest by default).
-
-    Raises:
-        ConfigError: the recipe has no evaluators, or the run no such checkpoint.
-    """
-    if not recipe.evaluators:
-        raise ConfigError("evaluate: this recipe has no evaluators")
-    mesh = mesh or make_mesh()
-    results = {}
-    for step in saved_steps(workdir)[-1:] if steps is None else steps:
-        phase, state = restore_averaged(recipe, workdir, step=step, mesh=mesh)
-        context = EvalContext(mesh, phase.name, place(workdir))
-        with jax.set_mesh(mesh):
-            results[step] = {
-                f"{evaluator.name}/{name}": float(value)
-                for evaluator in recipe.evaluators
-                for name, value in evaluator(state, context).items()
-            }
-    return results
 
 
 def select_steps(saved: list[int], which: str) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from jaxformer.evaluation.goodput import goodput
 from jaxformer.recipe import Recipe
 from jaxformer.storage.places import AnyPath, place
 from jaxformer.train.metrics import read_jsonl
@@ -115,6 +116,7 @@ def training_report(
         "phases": phases,
         "last training loss": last.get("loss", ""),
         f"{recipe.unit}/s (median)": sorted(speeds)[len(speeds) // 2] if speeds else "",
+        "goodput": goodput(folder) or "",
         "steps that were not finite": sum(row.get("nonfinite", 0) > 0 for row in rows),
     }
     text = [f"# {facts['paper']}", ""]

@@ -11,7 +11,7 @@ from jaxformer.models.transformer import Transformer
 from jaxformer.nn.dropout import Dropout
 from jaxformer.nn.einsum import Einsum
 from jaxformer.nn.embed import Embed
-from jaxformer.nn.heads import MeanPool, class_head
+from jaxformer.nn.heads import MaskedHead, MeanPool, class_head
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
 from jaxformer.parallel.sharding import constrain
@@ -22,13 +22,14 @@ FULL = Full()
 class Encoder(nn.Module):
     """Whatever `embed` reads, to (B, L, D).
 
-    `class_tokens` learned vectors go in front of the sequence. Positions that are not `valid`
-    are padding: nobody attends to them.
+    `class_tokens` learned vectors go in front of the sequence; `embed_norm` is of the sum of
+    embedding and position. Positions that are not `valid` are padding: nobody attends to them.
     """
 
     embed: Make
     stack: Make
     position: Make | None = None
+    embed_norm: Make | None = None
     norm: Make | None = Make(LayerNorm)
     class_tokens: int = 0
     dropout: float = 0.0
@@ -40,6 +41,7 @@ class Encoder(nn.Module):
         *,
         valid_BxL: jax.Array | None = None,
         mask: Mask = FULL,
+        positions: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
         x_BxLxD = self.embed(name="embed")(inputs)
@@ -54,27 +56,71 @@ class Encoder(nn.Module):
             front = jnp.ones((batch, self.class_tokens), bool)
             mask = mask & KeyPadding(jnp.concatenate([front, valid_BxL], axis=1))
         if self.position is not None:
-            x_BxLxD = self.position(name="position")(x_BxLxD)
+            x_BxLxD = self.position(name="position")(x_BxLxD, positions)
+        if self.embed_norm is not None:
+            x_BxLxD = self.embed_norm(name="embed_norm")(x_BxLxD)
         x_BxLxD = Dropout(self.dropout, name="dropout")(x_BxLxD, train=train)
         x_BxLxD = constrain(x_BxLxD, ("batch", "length", "embed"))
-        x_BxLxD = self.stack(name="stack")(x_BxLxD, mask=mask, train=train)
+        x_BxLxD = self.stack(name="stack")(x_BxLxD, mask=mask, positions=positions, train=train)
         return x_BxLxD if self.norm is None else self.norm(name="norm")(x_BxLxD)
 
 
 class Classifier(nn.Module):
-    """Inputs to class logits (B, C): an encoder, a pool over positions and a linear head."""
+    """Inputs to class logits (B, C): an encoder, a pool over positions and a head, linear if None.
+
+    `positions` and `valid_BxL` are for encoders that take them.
+    """
 
     encoder: Make
     classes: int
     pool: Make = Make(MeanPool)
+    head: Make | None = None
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
-        self, inputs: jax.Array, *, valid_BxL: jax.Array | None = None, train: bool = False
+        self,
+        inputs: jax.Array,
+        *,
+        valid_BxL: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        train: bool = False,
     ) -> jax.Array:
-        x_BxLxD = self.encoder(name="encoder")(inputs, valid_BxL=valid_BxL, train=train)
-        x_BxD = self.pool(name="pool")(x_BxLxD, valid_BxL)
-        return class_head(self.classes)(name="head")(x_BxD)
+        given = {"valid_BxL": valid_BxL, "positions": positions}
+        given = {name: x for name, x in given.items() if x is not None}
+        x_BxLxD = self.encoder(name="encoder")(inputs, train=train, **given)
+        x = self.pool(name="pool")(x_BxLxD, valid_BxL)
+        x = Dropout(self.dropout, name="dropout")(x, train=train)
+        logits = (self.head or class_head(self.classes))(name="head")(x)
+        return constrain(logits, ("batch", "vocab"))
+
+
+class MaskedLM(nn.Module):
+    """Tokens, some of them masked, to the logits (B, L, V) of all: BERT's pre-training model.
+
+    `table` is the path of the embedding's table in the encoder, which the head shares.
+    """
+
+    encoder: Make
+    head: Make = Make(MaskedHead)
+    table: tuple[str, ...] = ("embed", "table")
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        valid_BxL: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        encoder = self.encoder(name="encoder")
+        x_BxLxD = encoder(tokens, valid_BxL=valid_BxL, positions=positions, train=train)
+        table = encoder.variables["params"]
+        for name in self.table:
+            table = table[name]
+        logits = self.head(name="head")(x_BxLxD, table)
+        return constrain(logits, ("batch", "length", "vocab"))
 
 
 def token_classifier(

@@ -16,6 +16,7 @@ from jaxformer.nn.make import Make
 from jaxformer.nn.mlp import MLP, GatedMLP
 from jaxformer.nn.norm import LayerNorm, RMSNorm
 from jaxformer.nn.position import ALiBi, LearnedPosition, Position, RoPE, SinusoidalPosition
+from jaxformer.nn.remat import REMATS
 
 NORMS = {"layernorm": Make(LayerNorm), "rmsnorm": Make(RMSNorm)}
 MLPS = {
@@ -37,7 +38,8 @@ class Transformer:
     """A plain Transformer trunk by names and numbers; `Transformer(**config.model)`.
 
     `hidden` defaults to 4 x width. `drop_path` grows linearly from 0 at the first block to its
-    value at the last. `scan` runs the blocks as one loop, `remat` recomputes them backwards.
+    value at the last. `scan` runs the blocks as one loop, `remat` names what is computed
+    again backwards (`jaxformer.nn.remat`).
 
     Raises:
         ConfigError: a field has a value that is not allowed, or two fields do not fit.
@@ -57,7 +59,7 @@ class Transformer:
     drop_path: float = 0.0
     layer_scale: float | None = None
     scan: bool = False
-    remat: bool = False
+    remat: str = "none"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class Transformer:
         require("model.order", self.order, ORDERS)
         require("model.position", self.position, (*STREAM_POSITIONS, *ATTENTION_POSITIONS))
         require("model.dtype", self.dtype, DTYPES)
+        require("model.remat", self.remat, REMATS)
         if self.position == "rope" and head_size % 2:
             raise ConfigError(
                 f"model.heads={self.heads}: gives a head size of {head_size}, and "

@@ -12,6 +12,7 @@ from jaxformer.nn.make import Make
 FUNCTIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT-2's
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
     "sigmoid": jax.nn.sigmoid,
@@ -41,5 +42,7 @@ class Activation(nn.Module):
 
 GELU = Make(Activation, function="gelu")
 GELU_TANH = Make(Activation, function="gelu_tanh")
+QUICK_GELU = Make(Activation, function="quick_gelu")
 RELU = Make(Activation, function="relu")
 SILU = Make(Activation, function="silu")
+TANH = Make(Activation, function="tanh")

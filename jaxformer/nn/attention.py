@@ -14,14 +14,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.errors import ConfigError
-from jaxformer.kernels.attention import KeyPadding, Mask, PerK, PerQ, attention, dense
+from jaxformer.kernels.attention import Full, KeyPadding, Mask, PerK, PerQ, attention, dense
 from jaxformer.kernels.attention import operands as ops
 from jaxformer.kernels.attention.masks import positions_operand
 from jaxformer.kernels.attention.mods import drop, seed_of
 from jaxformer.nn.cache import KVCache
 from jaxformer.nn.einsum import Einsum
 from jaxformer.nn.make import Make
-from jaxformer.nn.position import Mods, Position, stream_positions
+from jaxformer.nn.position import Mods, Position, Scheme, stream_positions
+
+FULL = Full()
 
 
 class Fused(nn.Module):
@@ -36,6 +38,7 @@ class Fused(nn.Module):
         *,
         mask: Mask,
         mods: Mods,
+        scale: float | None = None,
         q_pos: jax.Array | None = None,
         k_pos: jax.Array | None = None,
         dropout: float = 0.0,
@@ -45,6 +48,7 @@ class Fused(nn.Module):
             q_BxLxHxK,
             k_BxSxGxK,
             v_BxSxGxK,
+            scale=scale,
             mask=mask,
             score_mod=mods.score_mod,
             prob_mod=mods.prob_mod,
@@ -56,12 +60,14 @@ class Fused(nn.Module):
 
 
 class Scores(nn.Module):
-    """Q K^T / sqrt(K) in float32: (B, H, L, S)."""
+    """Q K^T times the scale, 1 / sqrt(K) by default, in float32: (B, H, L, S)."""
+
+    scale: float | None = None
 
     def __call__(self, q_BxLxHxK: jax.Array, k_BxSxHxK: jax.Array) -> jax.Array:
         equation = "BLHK,BSHK->BHLS"
         s = jnp.einsum(equation, q_BxLxHxK, k_BxSxHxK, preferred_element_type=jnp.float32)
-        return s / math.sqrt(q_BxLxHxK.shape[-1])
+        return s / math.sqrt(q_BxLxHxK.shape[-1]) if self.scale is None else s * self.scale
 
 
 class Softmax(nn.Module):
@@ -95,6 +101,7 @@ class Unfused(nn.Module):
         *,
         mask: Mask,
         mods: Mods,
+        scale: float | None = None,
         q_pos: jax.Array | None = None,
         k_pos: jax.Array | None = None,
         dropout: float = 0.0,
@@ -113,7 +120,7 @@ class Unfused(nn.Module):
         groups = heads // k_BxSxGxK.shape[2]
         k_BxSxHxK, v_BxSxHxK = (jnp.repeat(x, groups, axis=2) for x in (k_BxSxGxK, v_BxSxGxK))
 
-        s_BxHxLxS = Scores(name="scores")(q_BxLxHxK, k_BxSxHxK)
+        s_BxHxLxS = Scores(scale, name="scores")(q_BxLxHxK, k_BxSxHxK)
         if mods.score_mod is not None:
             s_BxHxLxS = mods.score_mod(s_BxHxLxS, at, aux)
         p_BxHxLxS = Softmax(name="softmax")(s_BxHxLxS, visible)
@@ -128,7 +135,9 @@ class Attention(nn.Module):
     """Multi-head softmax attention, a `jaxformer.nn.block.Mixer`.
 
     Query head h reads key-value head h // (heads / kv_heads). The head size defaults to
-    width / heads. `position` acts inside (`RoPE`, `ALiBi`); `dropout` is that of probabilities.
+    width / heads. `position` acts inside (`RoPE`, `ALiBi`); `window` is what this layer sees at
+    most, of what the mask of a call lets it see; `dropout` is that of probabilities. `scheme`, of
+    a call, is a position scheme that layers share, in place of `position`'s own changes of scores.
 
     Raises:
         ConfigError: heads do not divide the width, or kv_heads the heads.
@@ -137,8 +146,11 @@ class Attention(nn.Module):
     heads: int
     kv_heads: int | None = None
     head_size: int | None = None
+    scale: float | None = None  # of the scores; None: head_size ** -0.5
     position: Make = Make(Position)
+    window: Mask = FULL
     use_bias: bool = True
+    out_bias: bool | None = None  # None: as use_bias
     dropout: float = 0.0
     core: Make = Make(Fused)
 
@@ -152,6 +164,7 @@ class Attention(nn.Module):
         positions: jax.Array | None = None,
         train: bool = False,
         decode: bool = False,
+        scheme: Scheme | None = None,
     ) -> jax.Array:
         width = x_BxLxD.shape[-1]
         kv_heads, head_size = head_sizes(width, self.heads, self.kv_heads, self.head_size)
@@ -174,18 +187,22 @@ class Attention(nn.Module):
             k_BxSxGxK, v_BxSxGxK = KVCache(name="kv_cache")(k_BxSxGxK, v_BxSxGxK, at_L)
             q_pos, k_pos = at_L, jnp.arange(k_BxSxGxK.shape[1], dtype=jnp.int32)
             mask = mask & KeyPadding(at_L[:, -1] + 1)
-        given = positions is not None
+        mods = position.mods if scheme is None else scheme.mods
+        # Where positions are given, or a cache has been read, rows and columns do not tell them.
+        q_at, k_at = (at_L, at_S) if positions is not None else (q_pos, k_pos)
         y_BxLxHxK = self.core(name="core")(
             q_BxLxHxK,
             k_BxSxGxK,
             v_BxSxGxK,
-            mask=mask,
-            mods=position.mods(self.heads, at_L if given else None, at_S if given else None),
+            mask=mask if self.window == FULL else mask & self.window,
+            mods=mods(self.heads, (x_BxLxD.shape[1], k_BxSxGxK.shape[1]), q_at, k_at),
+            scale=self.scale,
             q_pos=q_pos,
             k_pos=k_pos,
             dropout=self.dropout if train else 0.0,
         )
-        return Einsum("...HK,HKD->...D", (width,), self.use_bias, name="out")(y_BxLxHxK)
+        out_bias = self.use_bias if self.out_bias is None else self.out_bias
+        return Einsum("...HK,HKD->...D", (width,), out_bias, name="out")(y_BxLxHxK)
 
 
 def head_sizes(

@@ -15,6 +15,7 @@ from jaxformer.kernels.attention import Mask
 from jaxformer.nn.dropout import Dropout
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
+from jaxformer.nn.remat import rematerialised
 from jaxformer.parallel.sharding import constrain
 
 
@@ -84,7 +85,10 @@ class PostNorm(Residual):
 
 
 class Block(nn.Module):
-    """A mixer, then an MLP, each on a residual branch; `mlp_residual` where theirs differ."""
+    """A mixer, then an MLP, each on a residual branch; `mlp_residual` where theirs differ.
+
+    What a call has beyond the arguments of every `Mixer` goes to the mixer.
+    """
 
     mixer: Make
     mlp: Make
@@ -101,11 +105,12 @@ class Block(nn.Module):
         positions: jax.Array | None = None,
         train: bool = False,
         decode: bool = False,
+        **more: Any,
     ) -> jax.Array:
         mixer, mlp = self.mixer(name="mixer"), self.mlp(name="mlp")
 
         def mix(y_BxLxD: jax.Array) -> jax.Array:
-            options = {"positions": positions, "train": train, "decode": decode}
+            options = {"positions": positions, "train": train, "decode": decode, **more}
             return mixer(y_BxLxD, kv_BxSxD, mask=mask, **options)
 
         def feed(y_BxLxD: jax.Array) -> jax.Array:
@@ -117,22 +122,63 @@ class Block(nn.Module):
         return constrain(x_BxLxD, ("batch", "length", "embed"))
 
 
+class CrossBlock(nn.Module):
+    """A block of a decoder that reads a memory: a mixer, a mixer of the memory `kv`, an MLP.
+
+    `mask` is that of the first, `kv_mask` that of the memory.
+    """
+
+    mixer: Make
+    cross: Make
+    mlp: Make
+    residual: Make = Make(PreNorm)
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        kv_BxSxD: jax.Array,
+        *,
+        mask: Mask,
+        kv_mask: Mask,
+        train: bool = False,
+        decode: bool = False,
+        **more: Any,
+    ) -> jax.Array:
+        mixer, cross = self.mixer(name="mixer"), self.cross(name="cross")
+        mlp = self.mlp(name="mlp")
+
+        def mix(y_BxLxD: jax.Array) -> jax.Array:
+            return mixer(y_BxLxD, mask=mask, train=train, decode=decode, **more)
+
+        def read(y_BxLxD: jax.Array) -> jax.Array:
+            return cross(y_BxLxD, kv_BxSxD, mask=kv_mask, train=train, decode=decode)
+
+        def feed(y_BxLxD: jax.Array) -> jax.Array:
+            return mlp(y_BxLxD, train=train)
+
+        for name, branch in (("mixer", mix), ("cross", read), ("mlp", feed)):
+            residual = self.residual(name=f"{name}_residual")
+            x_BxLxD = residual(x_BxLxD, branch, train=train)
+        return constrain(x_BxLxD, ("batch", "length", "embed"))
+
+
 class Stack(nn.Module):
     """Blocks one after another, each with parameters of its own: "block_0", "block_1", ...
 
-    `remat` recomputes each block in the backward pass instead of keeping its activations. All
-    arguments after the stream reach every block.
+    `remat` names what the backward pass computes again (`jaxformer.nn.remat`). All arguments after
+    the stream reach every block.
     """
 
     blocks: tuple[Make, ...]
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         def call(block: nn.Module, x_BxLxD: jax.Array) -> jax.Array:
             return block(x_BxLxD, *args, **kwargs)
 
-        call = nn.remat(call) if self.remat else call
+        call = rematerialised(call, self.remat, in_loop=False)
         for i, block in enumerate(self.blocks):
             x_BxLxD = call(block(name=f"block_{i}"), x_BxLxD)
         return x_BxLxD
@@ -147,15 +193,14 @@ class ScannedStack(nn.Module):
 
     block: Make
     depth: int
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         def call(block: nn.Module, x_BxLxD: jax.Array, _: None) -> tuple[jax.Array, None]:
             return block(x_BxLxD, *args, **kwargs), None
 
-        # A loop body is not merged with its recomputation, so the guard against it is not needed.
-        call = nn.remat(call, prevent_cse=False) if self.remat else call
+        call = rematerialised(call, self.remat, in_loop=True)
         scan = nn.scan(call, variable_axes={True: 0}, split_rngs={True: True}, length=self.depth)
         return scan(self.block(name="blocks"), x_BxLxD, None)[0]
 

@@ -10,6 +10,8 @@ from flax import linen as nn
 
 from jaxformer.errors import ConfigError
 from jaxformer.nn.einsum import Einsum
+from jaxformer.nn.make import Make
+from jaxformer.nn.norm import LayerNorm
 
 
 class PatchEmbed(nn.Module):
@@ -51,3 +53,25 @@ def join_patches(patches: jax.Array, rows: int) -> jax.Array:
     columns = count // rows
     grid = patches.reshape(batch, rows, columns, patch, patch, channels).swapaxes(2, 3)
     return grid.reshape(batch, rows * patch, columns * patch, channels)
+
+
+class PatchMerge(nn.Module):
+    """Four neighbours of a grid become one position: (B, height width, D) to (B, ., features).
+
+    Their channels are joined, (0, 0), (1, 0), (0, 1), (1, 1) in (row, column), normalised and
+    projected (Liu et al. 2021, arXiv 2103.14030, section 3.1); an odd grid is padded with zeros.
+    """
+
+    grid: tuple[int, int]
+    features: int
+    norm: Make = Make(LayerNorm)
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        rows, columns = self.grid
+        x = x_BxLxD.reshape(-1, rows, columns, x_BxLxD.shape[-1])
+        x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))
+        corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+        x = jnp.concatenate(corners, -1).reshape(x.shape[0], -1, 4 * x.shape[-1])
+        x = self.norm(name="norm")(x)
+        return Einsum("...D,DE->...E", (self.features,), use_bias=False, name="reduction")(x)

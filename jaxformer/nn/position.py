@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxformer.kernels.attention import (
     ScoreMod,
 )
 from jaxformer.nn.cache import count_positions
+from jaxformer.nn.rotary import Frequencies
 
 
 def stream_positions(
@@ -43,6 +44,7 @@ class LearnedPosition(nn.Module):
     """
 
     length: int
+    offset: int = 0  # RoBERTa's first position has row 2 of a table that is so much longer
 
     @nn.compact
     def __call__(
@@ -55,8 +57,8 @@ class LearnedPosition(nn.Module):
                 f"give at least {length}"
             )
         init = jax.nn.initializers.normal(0.02)
-        table = self.param("table", init, (self.length, width), jnp.float32)
-        at = stream_positions(self, x_BxLxD, positions, decode)
+        table = self.param("table", init, (self.length + self.offset, width), jnp.float32)
+        at = stream_positions(self, x_BxLxD, positions, decode) + self.offset
         return x_BxLxD + jnp.take(table.astype(x_BxLxD.dtype), at, axis=0)
 
 
@@ -73,7 +75,7 @@ class SinusoidalPosition(nn.Module):
         self, x_BxLxD: jax.Array, positions: jax.Array | None = None, *, decode: bool = False
     ) -> jax.Array:
         at = stream_positions(self, x_BxLxD, positions, decode)
-        angles = _angles(at, x_BxLxD.shape[-1], self.base)
+        angles = Frequencies(self.base).angles(at, x_BxLxD.shape[-1])
         code = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
         return x_BxLxD + code.astype(x_BxLxD.dtype)
 
@@ -86,6 +88,18 @@ class Mods(NamedTuple):
     aux: Mapping[str, Operand] | None = None
 
 
+class Scheme(Protocol):
+    """What changes scores and probabilities by position: a `Position`, or what layers share."""
+
+    def mods(
+        self,
+        heads: int,
+        sizes: tuple[int, int],
+        q_pos: jax.Array | None,
+        k_pos: jax.Array | None,
+    ) -> Mods: ...
+
+
 class Position(nn.Module):
     """A scheme that acts inside attention: on queries and keys, or on scores and probabilities."""
 
@@ -94,13 +108,19 @@ class Position(nn.Module):
         del positions
         return x_BxLxHxK
 
-    def mods(self, heads: int, q_pos: jax.Array | None, k_pos: jax.Array | None) -> Mods:
-        """Changes of scores and probabilities.
+    def mods(
+        self,
+        heads: int,
+        sizes: tuple[int, int],
+        q_pos: jax.Array | None,
+        k_pos: jax.Array | None,
+    ) -> Mods:
+        """Changes of scores and probabilities, which are of (L, S) `sizes`.
 
-        `q_pos` (L,) or (B, L) and `k_pos` likewise are given where positions are not the indices
-        that masks go by.
+        `q_pos` (L,) or (B, L) and `k_pos` likewise are given where positions are not the numbers
+        of rows and columns.
         """
-        del heads, q_pos, k_pos
+        del heads, sizes, q_pos, k_pos
         return Mods()
 
 
@@ -111,14 +131,14 @@ class RoPE(Position):
         ConfigError: the head size is odd.
     """
 
-    base: float = 10000.0
+    frequencies: Frequencies = Frequencies()
 
     def rotate(self, x_BxLxHxK: jax.Array, positions: jax.Array) -> jax.Array:
         head_size = x_BxLxHxK.shape[-1]
         if head_size % 2:
             raise ConfigError(f"model.head_size={head_size}: RoPE needs an even head size")
-        angles = _angles(positions, head_size, self.base)[..., None, :]
-        sin, cos = jnp.sin(angles), jnp.cos(angles)
+        angles = self.frequencies.angles(positions, head_size)[..., None, :]
+        sin, cos = (f(angles) * self.frequencies.gain for f in (jnp.sin, jnp.cos))
         first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
         turned = [first * cos - second * sin, second * cos + first * sin]
         return jnp.concatenate(turned, -1).astype(x_BxLxHxK.dtype)
@@ -127,7 +147,14 @@ class RoPE(Position):
 class ALiBi(Position):
     """Adds -slope_h |q - k| to the scores (Press et al. 2021, arXiv 2108.12409)."""
 
-    def mods(self, heads: int, q_pos: jax.Array | None, k_pos: jax.Array | None) -> Mods:
+    def mods(
+        self,
+        heads: int,
+        sizes: tuple[int, int],
+        q_pos: jax.Array | None,
+        k_pos: jax.Array | None,
+    ) -> Mods:
+        del sizes
         aux = {"slope": PerHead(jnp.asarray(alibi_slopes(heads)))}
         if q_pos is None:
             return Mods(_alibi_by_index, aux=aux)
@@ -155,9 +182,3 @@ def _alibi_by_index(score: jax.Array, at: Any, aux: Mapping[str, jax.Array]) -> 
 def _alibi_by_position(score: jax.Array, at: Any, aux: Mapping[str, jax.Array]) -> jax.Array:
     del at
     return score - aux["slope"] * jnp.abs(aux["q"] - aux["k"])
-
-
-def _angles(positions: jax.Array, size: int, base: float) -> jax.Array:
-    """(..., size / 2) float32: position times frequency."""
-    frequency = base ** (-np.arange(0, size, 2) / size)
-    return positions[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)

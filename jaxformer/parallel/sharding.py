@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -99,11 +100,69 @@ def rules_of(recipe: Recipe) -> tuple[Rule, ...]:
     return (*recipe.sharding, *PARAMETER_RULES)
 
 
-def place(abstract: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule]) -> Any:
-    """Abstract arrays with their shardings on `mesh`."""
+class RuleReport(NamedTuple):
+    """How a table of rules fits the leaves of a state."""
+
+    unmatched: tuple[str, ...]  # leaves with two axes or more that no rule fits
+    doubled: Mapping[str, tuple[str, ...]]  # leaf: patterns of one table that all fit it
+    idle: tuple[str, ...]  # patterns that fit no leaf
+
+
+def rule_report(named: Mapping[str, Any], rules: Sequence[Rule]) -> RuleReport:
+    """The report of one table of rules on leaves {name: array}."""
+    fitting = {
+        name: tuple(r[0] for r in rules if axes_of(name, leaf.ndim, [r]) is not None)
+        for name, leaf in named.items()
+    }
+    used = {pattern for patterns in fitting.values() for pattern in patterns}
+    return RuleReport(
+        tuple(name for name, found in fitting.items() if not found and named[name].ndim > 1),
+        {name: found for name, found in fitting.items() if len(found) > 1},
+        tuple(pattern for pattern, _ in rules if pattern not in used),
+    )
+
+
+def check_rules(recipe: Recipe, named: Mapping[str, Any]) -> None:
+    """Hold the recipe's own rules to the leaves {name: array} of all its states.
+
+    Raises:
+        ConfigError: a rule has an unknown axis or fits no leaf, or a leaf fits two rules.
+    """
+    for pattern, axes in recipe.sharding:
+        for axis in axes.replace("->", " ").split():
+            if axis not in PARAMETER_AXES:
+                raise ConfigError(
+                    f"sharding: rule {pattern!r} has axis {axis!r}; "
+                    f"allowed: {', '.join(PARAMETER_AXES)}"
+                )
+    report = rule_report(named, recipe.sharding)
+    if report.idle:
+        last = report.idle[0].rstrip("$").rpartition("/")[2]
+        near = difflib.get_close_matches(last, {n.rpartition("/")[2] for n in named}, 1, 0.5)
+        raise ConfigError(
+            f"sharding: rule {report.idle[0]!r} fits no leaf of the state by name and number of "
+            f"axes{f'; there are leaves called {near[0]!r}' if near else ''}; "
+            "see `jaxformer show`"
+        )
+    for name, patterns in report.doubled.items():
+        raise ConfigError(
+            f"sharding: {name!r} fits the rules {' and '.join(map(repr, patterns))}; "
+            "make the patterns exclude each other"
+        )
+
+
+HOST = "pinned_host"  # JAX's name of the host's memory that devices copy from
+
+
+def place(
+    abstract: Any, mesh: Mesh | AbstractMesh, rules: Sequence[Rule], on_host: str | None = None
+) -> Any:
+    """Abstract arrays with their shardings on `mesh`; in the host's memory if `on_host` fits."""
 
     def one(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(mesh, spec_for(name, leaf, mesh, rules))
+        if on_host is not None and leaf.ndim and re.search(on_host, name):
+            sharding = sharding.with_memory_kind(HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return paths.map_named(one, abstract)

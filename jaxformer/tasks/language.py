@@ -60,10 +60,10 @@ class LanguageTask:
         return linen.apply(self.model, params, extra, inputs_BxL, key=key, train=False)[0]
 
     def encode(self, text: str) -> list[int]:
-        return [int(token) for token in self._tokenizer().encode(text)]
+        return [int(token) for token in named_tokenizer(self).encode(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer().decode(tokens)
+        return named_tokenizer(self).decode(tokens)
 
     def start(self, params: Params, extra: Extra, *, batch_size: int, length: int) -> Any:
         del params, extra
@@ -75,9 +75,15 @@ class LanguageTask:
         logits_BxLxV, state = linen.decode(self.model, params, extra, state, tokens)
         return logits_BxLxV[:, -1], state
 
-    def _tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ConfigError(
-                "LanguageTask.tokenizer=None: needed for text; give one, or prompts as tokens"
-            )
-        return self.tokenizer
+
+def named_tokenizer(task: Any) -> Tokenizer:
+    """The tokenizer of a task that needs one for text.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if task.tokenizer is None:
+        raise ConfigError(
+            f"{type(task).__name__}.tokenizer=None: needed for text; give one, or prompts as tokens"
+        )
+    return task.tokenizer

@@ -26,6 +26,7 @@ from jaxformer.recipe import Batch, EvalContext, Evaluator, Metrics, Phase, Reci
 from jaxformer.storage.local import LocalTier
 from jaxformer.storage.places import AnyPath, place
 from jaxformer.train.checkpoint import Checkpoints, flatten, unflatten
+from jaxformer.train.goodput import Goodput, Trace
 from jaxformer.train.metrics import Jsonl, Progress, Sink, TensorBoard
 from jaxformer.train.states import (
     abstract_states,
@@ -64,6 +65,7 @@ class FitOptions:
     progress: bool = True
     hang_minutes: float = 0.0  # a process that stands still so long is ended; 0: it waits for ever
     stop_after: int | None = None  # leave at this global step, as if interrupted
+    profile: tuple[int, int] | None = None  # first and last step of a trace in workdir/profile
 
 
 DEFAULTS = FitOptions()
@@ -108,6 +110,7 @@ class _Run:
         stack: contextlib.ExitStack,
     ) -> None:
         self.recipe, self.mesh, self.options, self.workdir = recipe, mesh, options, workdir
+        self.step = 0  # a Python int: reading state.step would wait for the device
         self.progress: Progress | None = None
         self.sinks: list[Sink] = []
         self.rows: Jsonl | None = None
@@ -118,6 +121,9 @@ class _Run:
             self.doing = stack.enter_context(Watchdog(options.hang_minutes, STOPPED)).doing
         if workdir is not None:
             workdir.mkdir(parents=True, exist_ok=True)
+        self.goodput = Goodput(workdir if jax.process_index() == 0 else None)
+        stack.callback(lambda: self.goodput.close(self.step))
+        if workdir is not None:
             self.checkpoints = stack.enter_context(
                 Checkpoints(workdir, keep=options.keep, keep_every=options.keep_every)
             )
@@ -125,22 +131,23 @@ class _Run:
                 self.local = LocalTier(options.local_dir, workdir)
                 stack.callback(self.local.close)
         self.abstract = abstract_states(recipe, mesh)
-        self.step = 0  # a Python int: reading state.step would wait for the device
         self.first_phase, self.resumed = 0, False
         newest = self.checkpoints.newest() if self.checkpoints else None
         if self.checkpoints and newest is not None:
-            self.step, self.resumed = newest, True
+            self.step = newest
             page = self.checkpoints.meta(self.step)
-            self.first_phase = saved_phase(recipe, page)
-            with jax.set_mesh(mesh):
-                self.state = self.checkpoints.restore(
-                    self.step, self.abstract[self.first_phase + 1]
-                )
+            phase = saved_phase(recipe, page)
+            self.first_phase, self.resumed = max(phase, 0), phase >= 0
+            with jax.set_mesh(mesh), self.goodput.spent("restore"):
+                self.state = self.checkpoints.restore(self.step, self.abstract[phase + 1])
                 page = self._closer() or page
         else:
             with jax.set_mesh(mesh):
                 self.state = initialise(recipe, mesh, options.seed)
         self._open_sinks(stack)
+        stack.callback(self.goodput.book, "save")  # at the end the last checkpoint is waited for
+        self.goodput.write(self.step)
+        self.trace = Trace(options.profile, workdir, self.status)
         self.stop = stack.enter_context(stop_signals())
         self.stopping = False
         self.saved_at = time.monotonic()
@@ -165,7 +172,7 @@ class _Run:
             abstract = self.abstract[phase + 1]
             arrays = local.restore(step, flatten(abstract))
             if arrays is not None:
-                self.step, self.first_phase = step, phase
+                self.step, self.first_phase, self.resumed = step, max(phase, 0), phase >= 0
                 self.state = unflatten(arrays, abstract)
                 return page
         return None
@@ -201,7 +208,8 @@ class _Run:
             go = jax.jit(functools.partial(enter, phase), out_shardings=out)
             self.state = jax.block_until_ready(go(self.state))
         if phase.steps:
-            self._steps(phase, index, end)
+            with self.goodput.spent("steps"):
+                self._steps(phase, index, end)
         last = index == len(self.recipe.phases) - 1
         self._evaluate(phase, [e for e in self.recipe.evaluators if last or e.every == "phase_end"])
         self._save(phase)
@@ -211,22 +219,29 @@ class _Run:
     def _steps(self, phase: Phase, index: int, end: int) -> None:
         """Step until `end`; evaluate, save and leave on the way where that is due."""
         step = step_function(phase, self.abstract[index + 1], self.mesh)
-        window, guard = _Window(), "allow"
+        window, guard, dispatched = _Window(), "allow", 0.0
         pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         with (
             told(self.status),
+            contextlib.closing(self.trace),
             contextlib.closing(self._batches(phase, self.step - end + phase.steps)) as batches,
         ):
             while self.step < end:
                 self.doing(f"reading the batch of step {self.step + 1}", data=True)
-                batch = next(batches)
+                with self.goodput.waiting_for_data(dispatched):
+                    batch = next(batches)
                 self.doing(f"in step {self.step + 1}")
                 # Placing batches and fetching metrics are explicit; anything else that would
                 # cross between host and device inside a step is a bug, and raises. Tracing, in
                 # the first call, may make constants.
-                with jax.transfer_guard(guard):
+                first = guard == "allow"
+                with (
+                    self.trace.step(self.step + 1, self.state),
+                    self.goodput.spent("compile" if first else "steps"),
+                    jax.transfer_guard(guard),
+                ):
                     self.state, metrics = step(self.state, batch)
-                guard = "disallow"
+                guard, dispatched = "disallow", time.monotonic()
                 self.step += 1
                 pending.append((self.step, metrics))
                 # Metrics are read one step late: while the device works on this step the host
@@ -237,8 +252,10 @@ class _Run:
                 save = inside and (self._save_due() or self.stopping)
                 copy = self.local and inside and self.step % self.options.local_every == 0
                 drain = due or save or copy or not inside
-                while len(pending) > (0 if drain else 1):
+                while len(pending) > (0 if drain or first else 1):
                     self._read(phase, window, *pending.popleft())
+                if not pending:
+                    self.goodput.finished(dispatched)
                 if drain:
                     self._log(phase, window)
                 self._evaluate(phase, due)
@@ -280,14 +297,18 @@ class _Run:
             row = {"step": window.step, "phase": phase.name, **window.close()}
             for sink in self.sinks:
                 sink.write(row)
+            self.goodput.write(self.step)
 
     def _due(self) -> list[Evaluator]:
         every = [e for e in self.recipe.evaluators if isinstance(e.every, int)]
         return [e for e in every if self.step % int(e.every) == 0]
 
     def _evaluate(self, phase: Phase, evaluators: list[Evaluator]) -> None:
-        if not evaluators:
-            return
+        if evaluators:
+            with self.goodput.spent("evaluation"):
+                self._measure(phase, evaluators)
+
+    def _measure(self, phase: Phase, evaluators: list[Evaluator]) -> None:
         alive = functools.partial(self.doing, f"evaluating step {self.step}")
         alive()
         context = EvalContext(self.mesh, phase.name, self.workdir, alive)
@@ -324,13 +345,16 @@ class _Run:
     def _copy(self, phase: Phase) -> None:
         self.doing(f"copying step {self.step}")
         if self.local:
-            self.local.save(self.step, flatten(self.state), self._page(phase))
+            with self.goodput.spent("save"):
+                self.local.save(self.step, flatten(self.state), self._page(phase))
 
     def _save(self, phase: Phase) -> None:
         if self.checkpoints is None:
             return
         self.doing(f"saving step {self.step}")
-        self.checkpoints.save(self.step, self.state, self._page(phase))
+        with self.goodput.spent("save"):
+            self.checkpoints.save(self.step, self.state, self._page(phase))
+        self.goodput.write(self.step)
         self.saved_at = time.monotonic()
 
 

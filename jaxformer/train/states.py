@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxformer import paths
 from jaxformer.parallel.mesh import make_mesh
-from jaxformer.parallel.sharding import batch_sharding, place, rules_of
+from jaxformer.parallel.sharding import batch_sharding, check_rules, place, rules_of
 from jaxformer.recipe import (
     Batch,
     ConfigError,
@@ -26,7 +27,9 @@ from jaxformer.recipe import (
 )
 from jaxformer.storage.places import AnyPath
 from jaxformer.train.checkpoint import Checkpoints, saved_steps, start_from
-from jaxformer.train.updates import Averages
+from jaxformer.train.updates import Averages, KeepsOnHost
+
+INITIAL = "initial"  # the phase of a checkpoint from before the first one: imported parameters
 
 
 def on_device(data: Data | None, batch: Batch) -> Batch:
@@ -56,11 +59,14 @@ def enter(phase: Phase, state: TrainState) -> TrainState:
 
 def abstract_states(recipe: Recipe, mesh: Any) -> list[TrainState]:
     """Shapes, dtypes and shardings of the state: at initialisation, then in each phase."""
-    rules = rules_of(recipe)
     shapes = [jax.eval_shape(lambda: new_state(recipe, jax.random.key(0)))]
     for phase in recipe.phases:
         shapes.append(jax.eval_shape(functools.partial(enter, phase), shapes[-1]))
-    return [place(shape, mesh, rules) for shape in shapes]
+    check_rules(recipe, {name: x for shape in shapes for name, x in paths.leaves(shape).items()})
+    updates = [None, *(phase.update for phase in recipe.phases)]
+    hosts = [update.on_host if isinstance(update, KeepsOnHost) else None for update in updates]
+    rules = rules_of(recipe)
+    return [place(shape, mesh, rules, host) for shape, host in zip(shapes, hosts, strict=True)]
 
 
 def shardings(abstract: Any) -> Any:
@@ -135,12 +141,30 @@ def _restore(
     step = saved_steps(workdir)[-1] if step is None else step
     mesh = mesh or make_mesh()
     with Checkpoints(workdir) as checkpoints, jax.set_mesh(mesh):
-        index = saved_phase(recipe, checkpoints.meta(step))
+        page = checkpoints.meta(step)
+        checkpoints.verify(step)
+        index = saved_phase(recipe, page)
         abstract = abstract_states(recipe, mesh)[index + 1]
-        return recipe.phases[index], checkpoints.restore(step, abstract)
+        phase = recipe.phases[index] if index >= 0 else Phase(INITIAL)
+        return phase, checkpoints.restore(step, abstract)
+
+
+def start_run(recipe: Recipe, workdir: AnyPath, state: TrainState) -> None:
+    """Save `state` as the beginning of a run in a new `workdir`: what `fit` then starts from.
+
+    Raises:
+        ConfigError: `workdir` holds a run already.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        if checkpoints.steps():
+            raise ConfigError(f"workdir: {workdir} holds a run already; give a new folder")
+        checkpoints.save(0, state, {"phase": INITIAL, "config": dict(recipe.config)})
 
 
 def saved_phase(recipe: Recipe, meta: Mapping[str, Any]) -> int:
+    """The number of the phase a checkpoint was saved in; -1 before the first."""
+    if meta["phase"] == INITIAL:
+        return -1
     names = [phase.name for phase in recipe.phases]
     if meta["phase"] not in names:
         raise ConfigError(

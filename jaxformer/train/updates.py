@@ -22,6 +22,16 @@ class Averages(Protocol):
     def averaged(self, state: TrainState) -> Params: ...
 
 
+@runtime_checkable
+class KeepsOnHost(Protocol):
+    """An update that leaves part of its state in the host's memory between steps."""
+
+    @property
+    def on_host(self) -> str | None:
+        """A regex over the names of those leaves."""
+        ...
+
+
 def merge(a: Metrics, b: Metrics) -> Metrics:
     """Both sets of metrics, merged where they share a name."""
     return {**a, **b, **{name: a[name].merge(b[name]) for name in a.keys() & b.keys()}}
@@ -52,20 +62,34 @@ class GradientUpdate:
     With `accumulate` micro-batches, weighted gradients are summed and divided once, so that the
     step equals the one on the whole batch. A step whose loss or gradient is not finite changes
     nothing but the step counter and is counted in the metric "nonfinite". `ema` keeps an average
-    of the parameters in extra["ema"], which evaluators then see.
+    of the parameters in extra["ema"], which evaluators then see. With `offload` the optimiser's
+    moments are in the host's memory and cross to the device and back in every step.
     """
 
     task: Task
     optimizer: Optimizer
     accumulate: int = 1
     ema: float | None = None
+    offload: bool = False
 
     @classmethod
     def of(cls, task: Task, config: Any) -> Self:
         """As `config.optim`, `config.steps` and `config.gradient` say (`jaxformer.config.base`)."""
         gradient = config.gradient
         optimizer = build(config.optim, config.steps)
-        return cls(task, optimizer, gradient.accumulate, gradient.ema or None)
+        ema = gradient.ema or None
+        return cls(task, optimizer, gradient.accumulate, ema, config.optim.offload)
+
+    @property
+    def on_host(self) -> str | None:
+        return r"^opt_state/transform/" if self.offload else None
+
+    def _fetched(self, opt_state: Any) -> Any:
+        """The optimiser's state in the device's memory."""
+        if not self.offload:
+            return opt_state
+        device = jax.memory.Space.Device
+        return jax.tree.map(lambda x: jax.device_put(x, device) if x.ndim else x, opt_state)
 
     def init(self, state: TrainState) -> TrainState:
         opt_state = {
@@ -80,9 +104,11 @@ class GradientUpdate:
     def averaged(self, state: TrainState) -> Params:
         if self.ema is not None:
             return state.extra["ema"]
-        return self.optimizer.averaged(state.opt_state["transform"], state.params)
+        opt_state = self._fetched(state.opt_state)
+        return self.optimizer.averaged(opt_state["transform"], state.params)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        state = state.replace(opt_state=self._fetched(state.opt_state))
         extra = _without_average(state.extra)
         output, grads = self._gradient(state.params, extra, batch, step_key(state))
         norm = optax.tree.norm(grads)

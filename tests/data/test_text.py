@@ -7,13 +7,8 @@ import numpy as np
 import pytest
 
 from jaxformer.data.base import Epoch, IndexedData
-from jaxformer.data.sources.text import (
-    PYTHON_STDLIB,
-    Bytes,
-    Windows,
-    load_corpus,
-    load_tokenizer,
-)
+from jaxformer.data.sources.text import PYTHON_STDLIB, Windows, load_corpus
+from jaxformer.data.sources.tokenizers import Bytes, load_tokenizer
 from jaxformer.recipe import ConfigError
 
 SAMPLE = "Was sich überhaupt sagen läßt, läßt sich klar sagen. " * 4

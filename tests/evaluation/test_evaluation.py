@@ -12,10 +12,11 @@ from jaxformer.analyze.flops import count
 from jaxformer.analyze.summary import describe
 from jaxformer.data.base import Arrays, Epoch
 from jaxformer.evaluation.claims import Lab, run_claims
-from jaxformer.evaluation.evaluators import MeanEvaluator, evaluate, select_steps
+from jaxformer.evaluation.evaluators import MeanEvaluator, select_steps
 from jaxformer.evaluation.report import markdown_table, text_table, training_report
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.recipe import Claim, ConfigError, EvalContext, Findings, LossOutput, Mean
+from jaxformer.tools.evaluate import evaluate
 from jaxformer.train.fit import FitOptions, fit
 from jaxformer.train.states import initialise
 from tests.train.problem import phase, recipe
@@ -68,10 +69,10 @@ def test_saved_steps_are_evaluated(one_device, tmp_path):
     r = recipe(phase("train", 6), evaluators=[Bias()])
     options = FitOptions(progress=False, checkpoint_every=2, keep=None)
     fit(r, workdir=tmp_path, mesh=one_device, options=options)
-    found = evaluate(r, tmp_path, steps=[2, 4, 6], mesh=one_device)
-    assert [found[step]["first/step"] for step in (2, 4, 6)] == [2, 4, 6]
-    assert len({values["first/bias"] for values in found.values()}) == 3
-    assert list(evaluate(r, tmp_path, mesh=one_device)) == [6]
+    found = evaluate(tmp_path, steps="2:6", recipe=r, mesh=one_device)
+    assert [row["step"] for row in found] == [row["first/step"] for row in found] == [2, 4, 6]
+    assert len({row["first/bias"] for row in found}) == 3
+    assert [row["step"] for row in evaluate(tmp_path, recipe=r, mesh=one_device)] == [6]
 
 
 def test_claims_are_judged_and_share_experiments(tmp_path):

@@ -75,9 +75,10 @@ def test_scanned_and_rematerialised_equal_unrolled(weights):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
     expected = loss(unrolled)(params)
-    value, grad = loss(small_lm(scan=True, remat=True))(stacked)
-    jax.tree.map(close, (value, unstack_layers(grad)), expected)
-    jax.tree.map(close, loss(small_lm(remat=True))(params), expected)
+    for remat in ("full", "dots", "weight_dots"):
+        value, grad = loss(small_lm(scan=True, remat=remat))(stacked)
+        jax.tree.map(close, (value, unstack_layers(grad)), expected)
+        jax.tree.map(close, loss(small_lm(remat=remat))(params), expected)
 
 
 def test_scanned_layers_start_different():

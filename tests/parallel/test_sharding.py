@@ -15,9 +15,12 @@ from jaxformer.parallel.sharding import (
     constrain,
     host_rows,
     place_batch,
+    rule_report,
     spec_for,
 )
 from jaxformer.recipe import ConfigError
+from jaxformer.train.states import abstract_states
+from tests.train.problem import recipe
 
 POD = abstract_mesh({"data": 2, "fsdp": 4, "tensor": 2})
 
@@ -78,3 +81,32 @@ def test_constrain_shards_activations_under_a_mesh():
     with jax.set_mesh(make_mesh({"data": 4, "tensor": 2})):
         y = jax.jit(lambda x: constrain(x * 2, ("batch", "length", "mlp")))(x)
     assert y.sharding.shard_shape(y.shape) == (2, 4, 3)
+
+
+def test_rules_report_what_they_miss_and_what_they_hit_twice():
+    leaves = {"a/up/kernel": leaf(4, 8), "a/thing": leaf(4, 4), "a/scale": leaf(4)}
+    rules = (("up/kernel$", "embed -> mlp"), ("kernel$", "embed -> mlp"), ("dwon/kernel$", "embed"))
+    report = rule_report(leaves, rules)
+    assert report.unmatched == ("a/thing",)
+    assert report.doubled == {"a/up/kernel": ("up/kernel$", "kernel$")}
+    assert report.idle == ("dwon/kernel$",)
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ([("frist/kernel$", "embed -> mlp")], "rule 'frist/kernel\\$' fits no leaf .* 'kernel'"),
+        ([("first/kernel$", "embed -> mlp heads head")], "fits no leaf of the state by name and n"),
+        ([("first/kernel$", "embd -> mlp")], "has axis 'embd'; allowed: embed, heads"),
+        (
+            [("first/kernel$", "embed -> mlp"), ("st/kernel$", "mlp -> embed")],
+            "'params/first/kernel' fits the rules 'first/kernel\\$' and 'st/kernel\\$'",
+        ),
+    ],
+)
+def test_wrong_rules_of_a_recipe_are_named(rules, message):
+    with pytest.raises(ConfigError, match=message):
+        abstract_states(recipe(sharding=rules), POD)
+    right = [("first/kernel$", "embed -> mlp"), ("second/kernel$", "mlp -> embed")]
+    state = abstract_states(recipe(sharding=right), POD)[1]
+    assert state.params["first"]["kernel"].sharding.spec == P(None, "tensor")

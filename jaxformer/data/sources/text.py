@@ -9,149 +9,21 @@ import hashlib
 import os
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from jaxformer.data.base import Deferred, Epoch, Example, IndexedData
+from jaxformer.data.sources.tokenizers import Tokenizer, load_tokenizer, tokenizer_files
 from jaxformer.recipe import ConfigError
 
-__all__ = [
-    "PYTHON_STDLIB",
-    "Bytes",
-    "Corpus",
-    "HuggingFaceTokenizer",
-    "NamedTokenizer",
-    "SentencePieceTokenizer",
-    "Text",
-    "Tokenizer",
-    "Windows",
-    "load_corpus",
-    "load_tokenizer",
-]
+__all__ = ["PYTHON_STDLIB", "Corpus", "Text", "Windows", "encode_files", "load_corpus"]
 
 PYTHON_STDLIB = "python-stdlib"
 _NOT_LIBRARY = frozenset(
     ["site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"]
 )
-
-
-class Tokenizer(Protocol):
-    """Text to tokens and back; `end_of_text` separates documents where the vocabulary has one."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def end_of_text(self) -> int | None: ...
-
-    def encode(self, text: str) -> np.ndarray:
-        """Tokens (n,), without any that begin or end a text."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Bytes:
-    """UTF-8 bytes as tokens 0..255, and 256 for the end of a text."""
-
-    vocab_size: int = 257
-    end_of_text: int = 256
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(int(t) for t in tokens if t < 256).decode(errors="replace")
-
-
-class HuggingFaceTokenizer:
-    """A `tokenizer.json` of the Hugging Face `tokenizers` library."""
-
-    def __init__(self, path: str | Path) -> None:
-        import tokenizers
-
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        self.vocab_size = self._tokenizer.get_vocab_size()
-        # The file does not say which token ends a text; these are the names in use.
-        names = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-        found = [i for i in map(self._tokenizer.token_to_id, names) if i is not None]
-        self.end_of_text = found[0] if found else None
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(t) for t in tokens])
-
-
-class SentencePieceTokenizer:
-    """A SentencePiece `.model` file."""
-
-    def __init__(self, path: str | Path) -> None:
-        import sentencepiece
-
-        self._tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = self._tokenizer.vocab_size()
-        end = self._tokenizer.eos_id()
-        self.end_of_text = end if end >= 0 else None
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text), np.int32)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(t) for t in tokens])
-
-
-def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer named by `spec`: "bytes", a tokenizer.json or a SentencePiece .model file."""
-    if spec == "bytes":
-        return Bytes()
-    readers: dict[str, Callable[[Path], Tokenizer]] = {
-        ".json": HuggingFaceTokenizer,
-        ".model": SentencePieceTokenizer,
-    }
-    path = Path(spec).expanduser()
-    if path.suffix not in readers or not path.is_file():
-        raise ConfigError(
-            f"data.tokenizer: {spec!r} is not a file ending in .json or .model; give 'bytes', a "
-            "Hugging Face tokenizer.json or a SentencePiece .model"
-        )
-    try:
-        return readers[path.suffix](path)
-    except Exception as error:  # both libraries raise bare Exception or RuntimeError
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"data.tokenizer: cannot read {spec!r} ({reason}); save it again or give 'bytes'"
-        ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class NamedTokenizer:
-    """The tokenizer of a spec (see `load_tokenizer`), read when it is first used."""
-
-    spec: str
-
-    @functools.cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.spec)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._tokenizer.vocab_size
-
-    @property
-    def end_of_text(self) -> int | None:
-        return self._tokenizer.end_of_text
-
-    def encode(self, text: str) -> np.ndarray:
-        return self._tokenizer.encode(text)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(tokens)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -282,6 +154,22 @@ def _tokens(text: str | Sequence[str], tokenizer_spec: str, cache: str | Path | 
     return tokens
 
 
+def encode_files(text: str | Sequence[str], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
+    """All tokens (T,) of the files that globs name, and how many bytes of text they stand for.
+
+    Every text begins and ends as the tokenizer has it.
+    """
+    pieces, size = [np.zeros(0, np.int32)], 0
+    end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+    for document in _read(text, _find(text)):
+        tokens = tokenizer.encode(document)
+        pieces.append(np.asarray([*tokenizer.begin_of_text, *tokens, *end], np.int32))
+        size += len(document.encode())
+    if not size:
+        raise ConfigError(f"data.text: {text!r} is empty; give files with text")
+    return np.concatenate(pieces), size
+
+
 def _find(text: str | Sequence[str]) -> list[Path]:
     """The files of `text`, sorted; those of the standard library by a hash of their names."""
     if text == PYTHON_STDLIB:
@@ -348,7 +236,7 @@ def _fingerprint(text: str | Sequence[str], files: Iterable[Path], tokenizer_spe
     """What decides the tokens: the files as they are now and the tokenizer's own file."""
     parts = [text if text == PYTHON_STDLIB else "files", tokenizer_spec]
     if tokenizer_spec != "bytes":
-        content = Path(tokenizer_spec).expanduser().read_bytes()
+        content = b"".join(file.read_bytes() for file in tokenizer_files(tokenizer_spec))
         parts[1] = hashlib.sha256(content).hexdigest()
     for file in files:
         status = file.stat()

@@ -11,7 +11,8 @@ from jaxformer.data.base import DeviceData, Epoch, IndexedData, Source
 from jaxformer.data.sources.image import digits
 from jaxformer.data.sources.listops import CLASSES, TOKENS, ListOps
 from jaxformer.data.sources.recall import PairRecall, Recall
-from jaxformer.data.sources.text import NamedTokenizer, Text
+from jaxformer.data.sources.text import Text
+from jaxformer.data.sources.tokenizers import NamedTokenizer
 from jaxformer.evaluation.evaluators import MeanEvaluator, perplexity
 from jaxformer.models.encoder import feature_classifier, token_classifier
 from jaxformer.models.lm import DecoderLM, decoder_lm

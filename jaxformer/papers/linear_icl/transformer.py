@@ -18,6 +18,7 @@ from jaxformer.models.transformer import Transformer
 from jaxformer.nn.einsum import Einsum
 from jaxformer.nn.make import Make
 from jaxformer.papers.linear_icl.model import relative_error
+from jaxformer.parallel.sharding import constrain
 from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Params
 from jaxformer.tasks import linen
 
@@ -39,7 +40,7 @@ class InContextTransformer(nn.Module):
         tokens = interleave(x, y)
         x_BxLxD = self.decoder(name="decoder")(tokens, mask=Causal(), train=train)
         head = Einsum("...D,DC->...C", (1,), out_dtype=jnp.float32, name="head")
-        return head(x_BxLxD[:, ::2])[..., 0]
+        return constrain(head(x_BxLxD[:, ::2])[..., 0], ("batch", "length"))
 
 
 def in_context_transformer(trunk: Transformer, positions: int) -> InContextTransformer:

@@ -21,6 +21,7 @@ from jaxformer.nn.activation import GELU
 from jaxformer.nn.einsum import Einsum
 from jaxformer.nn.embed import Embed
 from jaxformer.nn.make import Make
+from jaxformer.parallel.sharding import constrain
 from jaxformer.recipe import Params
 
 
@@ -89,12 +90,12 @@ class SetTransformer(nn.Module):
         mask: Mask = Prefix(n_B)
         if self.query_attends_self:
             mask = mask | Diagonal()
-        e_BxTxD = e_BxTxD.astype(self.dtype)
+        e_BxTxD = constrain(e_BxTxD.astype(self.dtype), ("batch", "length", "embed"))
         z_BxTxD = self.stack(name="stack")(e_BxTxD, mask=mask, train=train, decode=decode)
         h_BxTxH = Einsum("...D,DH->...H", (self.hidden,), name="up")(z_BxTxD)
         h_BxTxH = GELU(name="activation")(h_BxTxH)
         head = Einsum("...H,HO->...O", (self.outputs,), out_dtype=jnp.float32, name="head")
-        return head(h_BxTxH)
+        return constrain(head(h_BxTxH), ("batch", "length", "vocab"))
 
 
 def check_context(n_B: jax.Array, most: int) -> None:

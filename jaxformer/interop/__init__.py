@@ -1,0 +1,1 @@
+"""Weights from elsewhere: files of tensors, layouts of names, Hugging Face, authors."""

@@ -1,0 +1,1 @@
+"""What is done to checkpoints: opened, examined, imported, exported, converted."""
