@@ -107,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("soak", _soak, "hit a small run with every fault, and kill -9 until time is up")
     sub.add_argument("--minutes", type=float, default=20.0)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--output", default="results/soak.json")
+    sub.add_argument("--output", default="results/soak.json", help="a session is added to it")
+    sub.add_argument("--kills-only", action="store_true", help="leave out the other faults")
 
     sub = verb("show", _show, "what a config is: phases, parameters, sharding, FLOPs, memory")
     sub.add_argument("config", help="file or paper, with :preset")
@@ -288,7 +289,8 @@ def _launch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _soak(options: argparse.Namespace, _: Any) -> int:
     from jaxformer.soak import soak
 
-    return 0 if soak(options.minutes, options.seed, Path(options.output)) else 1
+    output = Path(options.output)
+    return 0 if soak(options.minutes, options.seed, output, options.kills_only) else 1
 
 
 def _label(spec: str) -> str:
