@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mesh", help="a file of configs/mesh, such as v5e_256")
     sub.add_argument("--topology", help="v5e:16x16, v5p:8x8x16, h200:8x8, ...; default: the mesh's")
     sub.add_argument("--search", action="store_true", help="find the largest micro-batch")
+    sub.add_argument("--json", action="store_true", help="plain numbers: bytes, FLOPs, seconds")
 
     sub = verb("evaluate", _evaluate, "measure checkpoints, one or many, side by side")
     sub.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="run or folder")
@@ -151,6 +152,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
         if name == "convert":
             sub.add_argument("--layers", choices=("stacked", "unrolled"))
+
+    sub = verb("restack", _restack, "a run's layers as a loop, or unrolled again: model.scan")
+    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--to", required=True, help="a new folder, in which the run continues")
+    sub.add_argument("--step", type=int, help="default: the last")
 
     sub = verb("sample", _sample, "continue a prompt with a trained model")
     sub.add_argument("--workdir", required=True)
@@ -236,9 +242,9 @@ def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from jaxformer.evaluation.report import training_report
     from jaxformer.parallel import multihost
     from jaxformer.parallel.mesh import make_mesh
+    from jaxformer.parallel.trace import traced_steps
     from jaxformer.recipe import Generates
     from jaxformer.train.fit import FitOptions, fit
-    from jaxformer.train.goodput import traced_steps
     from jaxformer.train.states import restore_averaged
 
     how = {"profile": traced_steps(options.profile) if options.profile else None}
@@ -323,9 +329,9 @@ def _plan(options: argparse.Namespace, overrides: Any) -> int:
     def load(spec: str, **changes: Any) -> Any:
         return build(load_config(spec, {**overrides, **changes}))
 
-    text, fits = plan(options.config, load, topology, options.search)
-    print(text)
-    return 0 if fits else 1
+    found = plan(options.config, load, topology, options.search)
+    print(json.dumps(found.json(), indent=1) if options.json else found.text())
+    return 0 if found.fits else 1
 
 
 def _evaluate(options: argparse.Namespace, _: Any) -> None:
@@ -385,6 +391,14 @@ def _convert(options: argparse.Namespace, _: Any) -> None:
 
     how = {"steps": options.steps, "weights": options.weights, "dtype": options.dtype}
     print(convert(options.run_folder, options.out, layers=options.layers, **how))
+
+
+def _restack(options: argparse.Namespace, _: Any) -> None:
+    from jaxformer.analyze.restack import restack
+    from jaxformer.catalogue import build
+
+    step, scan = restack(options.workdir, options.to, build, options.step)
+    print(f"{options.to}: step {step}; continue with --config.model.scan={str(scan).lower()}")
 
 
 def _sample(options: argparse.Namespace, _: Any) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxformer import paths
 from jaxformer.analyze.flops import count
 from jaxformer.evaluation.report import text_table
-from jaxformer.parallel.sharding import axes_of, rules_of, spec_for
+from jaxformer.parallel.sharding import HOST, LARGE, axes_of, rule_report, rules_of, spec_for
 from jaxformer.recipe import Recipe
 from jaxformer.train.states import abstract_states, lower, on_device
 
@@ -24,12 +24,13 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def local_bytes(tree: Any) -> int:
-    """Bytes of a placed tree on one device."""
+def local_bytes(tree: Any, *, on_host: bool = False) -> int:
+    """Bytes of a placed tree on one device, or those of it that wait in the host's memory."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
         if jax.dtypes.issubdtype(leaf.dtype, jax.numpy.number)
+        and (leaf.sharding.memory_kind == HOST) == on_host
     )
 
 
@@ -67,10 +68,20 @@ def describe(recipe: Recipe, mesh: Mesh | AbstractMesh) -> str:
             "",
             f"{parameter_count(params):,} parameters, {_bytes(params) / 2**20:.1f} MiB; "
             f"mesh {sizes or 'one device'}",
+            *unruled(recipe, params),
             "",
             text_table(work),
         ]
     )
+
+
+def unruled(recipe: Recipe, params: Any) -> list[str]:
+    """A line that names the large parameters no sharding rule fits, if there are any."""
+    leaves = paths.leaves(params)
+    found = rule_report(leaves, rules_of(recipe)).unmatched
+    names = [name for name in found if _bytes(leaves[name]) >= LARGE]
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return [f"no sharding rule fits {len(names)} large parameters: {shown}"] if names else []
 
 
 def _axes(name: str, leaf: Any, recipe: Recipe) -> str:

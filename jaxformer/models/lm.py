@@ -24,7 +24,8 @@ class DecoderLM(nn.Module):
     """Tokens (B, L) to the logits (B, L, V) of the next ones.
 
     Without a `head` the logits come from the embedding table. With decode=True the tokens go on
-    from those read before, and the state is the collection "cache".
+    from those read before, the state is the collection "cache", and the logits (B, 1, V) are those
+    after the last token: of a prompt no others are asked for.
     """
 
     vocabulary: int
@@ -54,6 +55,7 @@ class DecoderLM(nn.Module):
         x_BxLxD = constrain(x_BxLxD, ("batch", "length", "embed"))
         options = {"positions": positions, "train": train, "decode": decode}
         x_BxLxD = self.stack(name="stack")(x_BxLxD, mask=mask, **options)
+        x_BxLxD = x_BxLxD[:, -1:] if decode else x_BxLxD
         if self.norm is not None:
             x_BxLxD = self.norm(name="norm")(x_BxLxD)
         head = embed.attend if self.head is None else self.head(name="head")

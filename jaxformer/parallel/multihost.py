@@ -7,6 +7,7 @@ when to ask it, waits a bounded time, and turns what it raises into one line.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -43,10 +44,13 @@ def start(environment: Mapping[str, str] = os.environ, wait: int = WAIT) -> None
     """Join the other processes of this job, if its environment speaks of any.
 
     Asked are JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID (which the launchers
-    set), SLURM's step variables, and a TPU pod's list of workers. Before any other use of JAX.
+    set; in a Job of Kubernetes, as those of a JobSet, the pod's JOB_COMPLETION_INDEX stands for the
+    last), SLURM's step variables, a TPU pod's list of workers, and Kubernetes itself where its
+    client is installed (`jax[k8s]`). Before any other use of JAX.
 
     Raises:
-        ConfigError: the three variables are not all there, or not numbers.
+        ConfigError: the three variables are not all there, or not numbers; a Job of several pods
+            that nothing tells where they meet.
         PeersLost: not all processes came within `wait` seconds.
     """
     who = _named(environment)
@@ -84,6 +88,8 @@ def _named(environment: Mapping[str, str]) -> Place | None:
     given = {name: environment[name] for name in names if environment.get(name)}
     if not given:
         return None
+    if environment.get("JOB_COMPLETION_INDEX"):
+        given.setdefault(names[2], environment["JOB_COMPLETION_INDEX"])
     missing = [name for name in names if name not in given]
     if missing:
         raise ConfigError(f"{missing[0]}: not set, but {', '.join(given)} is; set all three")
@@ -121,7 +127,19 @@ def _cluster(environment: Mapping[str, str]) -> bool:
     slurm = environment.get("SLURM_STEP_NODELIST") and environment.get("SLURM_NTASKS", "1") != "1"
     workers = environment.get("TPU_WORKER_HOSTNAMES", "").count(",") > 0
     slices = environment.get("MEGASCALE_NUM_SLICES", "1") != "1"
-    return bool(slurm or workers or slices)
+    if slurm or workers or slices:
+        return True
+    index = environment.get("JOB_COMPLETION_INDEX")
+    if not index or "KUBERNETES_SERVICE_HOST" not in environment:
+        return False
+    if importlib.util.find_spec("kubernetes") is not None:
+        return True
+    if index != "0":  # each pod would train alone, into the same folder
+        raise ConfigError(
+            f"JAX_COORDINATOR_ADDRESS: not set in pod {index} of a Kubernetes Job; set it and "
+            "JAX_NUM_PROCESSES in the manifest, or install jax[k8s]"
+        )
+    return False
 
 
 def several() -> bool:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jaxformer import paths
 from jaxformer.analyze.summary import parameter_count
 from jaxformer.catalogue import build, paper_module
 from jaxformer.config import load_config
+from jaxformer.data.sources.tokenizers import save_bytes
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.evaluators import select_steps
 from jaxformer.interop import huggingface
@@ -227,7 +229,12 @@ def export(
     card = model_card(recipe, workdir, chosen, weights, params)
     if "huggingface" in config:
         page = config.huggingface.to_dict()
-        huggingface.save(out, page, params, files=workdir / TOKENIZER, card=card)
+        with tempfile.TemporaryDirectory() as made:
+            files = workdir / TOKENIZER
+            if config.data.tokenizer == "bytes":
+                files = Path(made)
+                save_bytes(files / "tokenizer.json")
+            huggingface.save(out, page, params, files=files, card=card)
         return out
     page = {
         "config": as_json(config),

@@ -21,12 +21,13 @@ from jaxformer.kernels.told import told
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.parallel.multihost import first_says, several, stop_signals, told_to_stop
 from jaxformer.parallel.sharding import host_rows, place_batch
+from jaxformer.parallel.trace import Trace
 from jaxformer.parallel.watchdog import Watchdog
 from jaxformer.recipe import Batch, EvalContext, Evaluator, Metrics, Phase, Recipe, TrainState
 from jaxformer.storage.local import LocalTier
 from jaxformer.storage.places import AnyPath, place
 from jaxformer.train.checkpoint import Checkpoints, flatten, unflatten
-from jaxformer.train.goodput import Goodput, Trace
+from jaxformer.train.goodput import Goodput
 from jaxformer.train.metrics import Jsonl, Progress, Sink, TensorBoard
 from jaxformer.train.states import (
     abstract_states,

@@ -66,10 +66,12 @@ def test_names_of_the_tpu_compiler_are_read():
   %all-reduce.3 = f32[64,8]{1,0} all-reduce(%i), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}
 }
 %first (p: bf16[8,8]) -> bf16[64,8] {
-  %g.1 = bf16[64,8]{1,0} all-gather(%p), channel_id=1, replica_groups=mesh['a'=8] {'a'}
+  %k = bf16[8,8] custom-call(%p), backend_config={"kernel":"a{
+}}, metadata={}
+  %g.1 = bf16[64,8]{1,0:S(1)} all-gather(%p), channel_id=1, replica_groups=mesh['a'=8] {'a'}
 }
 %second (p: bf16[8,8]) -> bf16[64,8] {
-  %g.2 = bf16[64,8]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,8]<=[8]
+  %g.2 = bf16[64,8] all-gather(%p), channel_id=1, replica_groups=mesh['a'=8], ids=([8]T(0)) {'a'}
 }
 %region_b (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %f.1 = bf16[64,8] fusion(%p), kind=kCustom, calls=%first
@@ -85,6 +87,25 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     assert found["all-gather"].sent == 3 * 64 * 8 * 2 * 7 / 8
     assert found["reduce-scatter"].sent == pytest.approx(3 * 2 * 64 * 8 * 4 * 7 / 8 / 2)
     assert set(found) == {"all-gather", "reduce-scatter"}
+
+
+def test_collectives_that_leave_a_slice_are_told():
+    text = """
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %a = f32[8] all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %s = (f32[4]{0}, u32[], token[]) send(%a, %t), channel_id=9, a={x="xla_megascale_runtime"}
+  %b = f32[8] all-reduce(%p), channel_id=2, replica_groups=[4,2]<=[2,4]T(1,0)
+  %c = f32[8] all-reduce(%p), channel_id=3, replica_groups=[2,4]<=[8]
+  %d = f32[8] all-reduce(%p), channel_id=4, replica_groups=mesh['a'=2,'b'=4] {'a'}
+  %e = f32[8] all-reduce(%p), channel_id=5, replica_groups=mesh['a'=2,'b'=4] {'b'}
+  %f = f32[8] all-reduce(%p), channel_id=6, replica_groups=mesh['a'=4,'b'=2], x=([2,4]T(1,0)) {'b'}
+}
+"""
+    found = collectives(text, slice_size=4)["all-reduce"]
+    assert found.sent == 2 * 32 * (3 * 3 / 4 + 3 / 2)
+    assert found.between == 2 * 32 * 3 / 2  # b, d and f join a device of each slice
+    assert collectives(text)["all-reduce"].between == 0
+    assert collectives(text)["send"].between == 16  # by the hosts of TPU slices
 
 
 def test_topologies_are_named():

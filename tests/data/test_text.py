@@ -8,7 +8,7 @@ import pytest
 
 from jaxformer.data.base import Epoch, IndexedData
 from jaxformer.data.sources.text import PYTHON_STDLIB, Windows, load_corpus
-from jaxformer.data.sources.tokenizers import Bytes, load_tokenizer
+from jaxformer.data.sources.tokenizers import Bytes, load_tokenizer, save_bytes
 from jaxformer.recipe import ConfigError
 
 SAMPLE = "Was sich überhaupt sagen läßt, läßt sich klar sagen. " * 4
@@ -66,6 +66,15 @@ def test_tokenizers_round_trip(file, tokenizer_files):
     assert tokenizer.end_of_text not in tokens
     if file is not None:
         assert len(tokens) < len(text.encode())
+
+
+def test_bytes_as_a_file_are_the_same_bytes(tmp_path):
+    save_bytes(tmp_path / "tokenizer.json")
+    file = load_tokenizer(str(tmp_path))
+    text = SAMPLE + "\x00\x7f\t\n  ≠🙂"
+    np.testing.assert_array_equal(file.encode(text), Bytes().encode(text))
+    assert file.decode(Bytes().encode(text)) == text
+    assert (file.vocab_size, file.end_of_text) == (257, 256)
 
 
 def test_bytes_survive_a_cut_inside_a_character():

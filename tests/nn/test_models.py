@@ -23,6 +23,7 @@ from jaxformer.nn.einsum import Einsum
 from jaxformer.nn.make import Make, swap
 from jaxformer.nn.mlp import MLP
 from jaxformer.nn.norm import Norm
+from jaxformer.nn.remat import REMATS
 from jaxformer.parallel.sharding import PARAMETER_RULES, axes_of
 from jaxformer.tasks import linen
 
@@ -75,7 +76,7 @@ def test_scanned_and_rematerialised_equal_unrolled(weights):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
     expected = loss(unrolled)(params)
-    for remat in ("full", "dots", "weight_dots"):
+    for remat in sorted(REMATS.keys() - {"none"}):
         value, grad = loss(small_lm(scan=True, remat=remat))(stacked)
         jax.tree.map(close, (value, unstack_layers(grad)), expected)
         jax.tree.map(close, loss(small_lm(remat=remat))(params), expected)
@@ -286,6 +287,7 @@ def _blocks(model):
         ({"heads": 16, "position": "rope"}, "model.heads=16: gives a head size of 1"),
         ({"dropout": 1.0}, "model.dropout=1.0: must be in [0, 1)"),
         ({"scan": True, "drop_path": 0.1}, "model.scan=True: scanned blocks are alike"),
+        ({"remat": "dot"}, "model.remat='dot': must be one of none, dots, weight_dots"),
         ({"dtype": "bf16"}, "model.dtype='bf16': must be one of float32, bfloat16"),
     ],
 )

@@ -7,8 +7,9 @@ import pytest
 
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.goodput import goodput
+from jaxformer.parallel.trace import traced_steps
 from jaxformer.train.fit import FitOptions, Interrupted, fit
-from jaxformer.train.goodput import FILE, Goodput, traced_steps
+from jaxformer.train.goodput import FILE, Goodput
 from tests.train.problem import phase, recipe
 
 

@@ -180,3 +180,20 @@ class NamedTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens)
+
+
+def save_bytes(path: str | Path) -> None:
+    """Write `Bytes` as a `tokenizer.json`, for those who read only that."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    # Byte-level BPE shows bytes that do not print as characters from 256 on, in order.
+    prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in prints]
+    letters = {byte: chr(byte) for byte in prints}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    vocabulary = {letter: byte for byte, letter in letters.items()}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(path))
