@@ -25,11 +25,11 @@ import jaxformer
 from jaxformer import paths
 from jaxformer.analyze.summary import parameter_count
 from jaxformer.config import PACKAGE, load_config, papers, presets
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.parallel.mesh import abstract_mesh, make_mesh
 from jaxformer.parallel.sharding import rules_of, spec_for
 from jaxformer.recipe import Update
 from jaxformer.train.fit import FitOptions, fit
-from jaxformer.train.metrics import read_jsonl
 from jaxformer.train.states import abstract_states, lower, on_device, restore
 
 STEPS = 30

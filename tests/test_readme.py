@@ -22,7 +22,7 @@ def test_the_example_is_short_and_learns(one_device, tmp_path):
     recipe = names["recipe"](steps=30, length=32, batch_size=8)
     options = jaxformer.FitOptions(progress=False, log_every=5)
     jaxformer.fit(recipe, workdir=tmp_path, mesh=one_device, options=options)
-    from jaxformer.train.metrics import read_jsonl
+    from jaxformer.observe.metrics import read_jsonl
 
     losses = [row["loss"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "loss" in row]
     assert losses[-1] < losses[0] - 0.5
@@ -35,7 +35,9 @@ def test_the_commands_exist():
     text = (ROOT / "README.md").read_text()
     verbs = set(re.findall(r"^\./launch/local (\w+)", text, re.MULTILINE))
     expected = {"train", "test", "list", "reproduce", "show", "evaluate", "sample", "bench"}
-    assert expected | {"plan", "multihost", "import", "export", "convert"} == verbs
+    assert (
+        expected | {"plan", "multihost", "import", "export", "convert", "launch", "soak"} == verbs
+    )
     for verb in verbs - {"test"}:
         shown = subprocess.run(
             [sys.executable, "-m", "jaxformer", verb, "--help"], capture_output=True, text=True

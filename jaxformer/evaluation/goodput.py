@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxformer.train.goodput import FILE
-from jaxformer.train.metrics import read_jsonl
+from jaxformer.observe.goodput import FILE
+from jaxformer.observe.metrics import read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)

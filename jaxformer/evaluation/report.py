@@ -11,9 +11,9 @@ from typing import Any
 from etils import epath
 
 from jaxformer.evaluation.goodput import goodput
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.recipe import Recipe
 from jaxformer.storage.places import AnyPath, place
-from jaxformer.train.metrics import read_jsonl
 
 _NOT_CURVES = ("step", "phase", "nonfinite", "steps_per_second", "items_per_second")
 

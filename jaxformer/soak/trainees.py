@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.parallel import loopback
-from jaxformer.train.metrics import read_jsonl
 
 SAVE_EVERY, EVALUATE_EVERY = 10, 25  # steps
 LIMIT = 120.0  # seconds for whatever is waited for

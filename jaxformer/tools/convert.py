@@ -34,7 +34,6 @@ from jaxformer.interop.tensors import (
     read_json,
     save_tensors,
 )
-from jaxformer.nn.block import stack_layers, unstack_layers
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.recipe import Recipe, TrainState
 from jaxformer.tools.subject import as_json, folder_tokenizer, pixel_statistics, run_config
@@ -43,7 +42,6 @@ from jaxformer.train.states import abstract_states, initialise, restore, restore
 
 PAGE = "jaxformer.json"  # beside the weights of an export: the config, and where they come from
 TOKENIZER = "tokenizer"  # the folder of a run in which an imported model's tokenizer is kept
-LAYERS = ("stacked", "unrolled")
 
 
 def import_folder(source: str | Path, workdir: str | Path, *, dtype: Any = None) -> Path:
@@ -264,32 +262,17 @@ def convert(
     steps: str = "last",
     weights: str = "averaged",
     dtype: Any = None,
-    layers: str | None = None,
 ) -> Path:
-    """A new run that starts from weights of another: averaged over steps, cast, stacked or not.
-
-    `layers` "stacked" turns blocks that lie side by side into the one of a scanned stack (config
-    field `model.scan`), "unrolled" turns them back.
-    """
+    """A new run that starts from the weights of another, averaged over steps or cast."""
     workdir = Path(workdir)
     config = run_config(workdir)
     chosen = select_steps(saved_steps(workdir), steps)
-    mesh = make_mesh(config.mesh.to_dict())
     recipe = build(config)
-    state = weights_of(recipe, workdir, chosen, weights, mesh)
-    params, extra = state.params, _shared_extra(recipe, state)
-    if layers is not None:
-        if layers not in LAYERS:
-            raise ConfigError(f"layers: {layers!r}; must be one of {', '.join(LAYERS)}")
-        if "scan" not in config.get("model", {}):
-            raise ConfigError(f"layers: {config.paper} has no config.model.scan; leave it out")
-        config.model.scan = layers == "stacked"
-        change = stack_layers if layers == "stacked" else unstack_layers
-        params, extra = change(params), change(extra)
-        recipe = build(config)
+    state = weights_of(recipe, workdir, chosen, weights, make_mesh(config.mesh.to_dict()))
     with new_folder(out) as folder:
-        zero = jnp.zeros((), jnp.int32)
-        start_run(recipe, folder, TrainState(zero, cast(params, dtype), extra, {}, state.key))
+        params, zero = cast(state.params, dtype), jnp.zeros((), jnp.int32)
+        extra = _shared_extra(recipe, state)
+        start_run(recipe, folder, TrainState(zero, params, extra, {}, state.key))
     return Path(out)
 
 

@@ -18,17 +18,17 @@ from jaxformer import paths
 from jaxformer.data.base import prefetch
 from jaxformer.errors import STOPPED
 from jaxformer.kernels.told import told
+from jaxformer.observe.goodput import Goodput
+from jaxformer.observe.metrics import Jsonl, Progress, Sink, TensorBoard
+from jaxformer.observe.trace import Trace
+from jaxformer.observe.watchdog import Watchdog
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.parallel.multihost import first_says, several, stop_signals, told_to_stop
 from jaxformer.parallel.sharding import host_rows, place_batch
-from jaxformer.parallel.trace import Trace
-from jaxformer.parallel.watchdog import Watchdog
 from jaxformer.recipe import Batch, EvalContext, Evaluator, Metrics, Phase, Recipe, TrainState
 from jaxformer.storage.local import LocalTier
 from jaxformer.storage.places import AnyPath, place
 from jaxformer.train.checkpoint import Checkpoints, flatten, unflatten
-from jaxformer.train.goodput import Goodput
-from jaxformer.train.metrics import Jsonl, Progress, Sink, TensorBoard
 from jaxformer.train.states import (
     abstract_states,
     averaged,
@@ -137,10 +137,10 @@ class _Run:
         if self.checkpoints and newest is not None:
             self.step = newest
             page = self.checkpoints.meta(self.step)
-            phase = saved_phase(recipe, page)
-            self.first_phase, self.resumed = max(phase, 0), phase >= 0
+            index = saved_phase(recipe, page)
+            self.first_phase, self.resumed = max(index, 0), index >= 0
             with jax.set_mesh(mesh), self.goodput.spent("restore"):
-                self.state = self.checkpoints.restore(self.step, self.abstract[phase + 1])
+                self.state = self.checkpoints.restore(self.step, self.abstract[index + 1])
                 page = self._closer() or page
         else:
             with jax.set_mesh(mesh):
@@ -173,7 +173,7 @@ class _Run:
             abstract = self.abstract[phase + 1]
             arrays = local.restore(step, flatten(abstract))
             if arrays is not None:
-                self.step, self.first_phase, self.resumed = step, max(phase, 0), phase >= 0
+                self.step, self.first_phase, self.resumed = step, phase, True
                 self.state = unflatten(arrays, abstract)
                 return page
         return None

@@ -16,6 +16,7 @@ from jaxformer.errors import ConfigError
 from jaxformer.interop.tensors import open_tensors
 from jaxformer.tools.convert import convert, export, import_folder
 from jaxformer.tools.evaluate import evaluate, watch, write_results
+from jaxformer.tools.restack import restack
 from jaxformer.tools.subject import open_subject, run_config
 from jaxformer.train.fit import FitOptions, fit
 
@@ -236,9 +237,9 @@ def test_exports_and_conversions_of_a_run(run, text, tmp_path):
     export(run, tmp_path / "released")
     again = import_folder(tmp_path / "released", tmp_path / "again")
     assert loss(again) == pytest.approx(loss(run), abs=1e-6)
-    stacked = convert(run, tmp_path / "stacked", layers="stacked")
+    stacked = restack(run, tmp_path / "stacked", "stacked")
     assert run_config(stacked).model.scan and loss(stacked) == pytest.approx(loss(run), abs=1e-5)
-    unrolled = convert(stacked, tmp_path / "unrolled", layers="unrolled")
+    unrolled = restack(stacked, tmp_path / "unrolled", "unrolled")
     assert loss(unrolled) == pytest.approx(loss(run), abs=1e-5)
     # The averaged weights are the EMA's; the raw ones are those of the last step.
     raw = open_subject(convert(run, tmp_path / "raw", weights="raw")).state.params
@@ -256,7 +257,8 @@ def test_exports_and_conversions_of_a_run(run, text, tmp_path):
     ("act", "said"),
     [
         (lambda run, out: import_folder(run, out), "has neither config.json nor jaxformer.json"),
-        (lambda run, out: convert(run, out, layers="flat"), "must be one of stacked, unrolled"),
+        (lambda run, out: restack(run, out, "flat"), "must be one of stacked, unrolled"),
+        (lambda run, out: restack(run, out, "unrolled"), "are unrolled already"),
         (lambda run, out: convert(run, run), "exists already; give a new folder"),
         (lambda run, out: export(run, out, steps="5:7"), "names no checkpoint; saved: 4, 8, 12"),
     ],

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from jaxformer import paths
+from jaxformer.observe.metrics import Jsonl, read_jsonl
 from jaxformer.recipe import ConfigError
 from jaxformer.train import checkpoint
 from jaxformer.train.checkpoint import Checkpoints
 from jaxformer.train.fit import FitOptions, fit
-from jaxformer.train.metrics import Jsonl, read_jsonl
 from jaxformer.train.states import restore
 from tests.train.problem import phase, recipe
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import jaxformer
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.recipe import ConfigError, InitFrom, Mean, Phase, Recipe
 from jaxformer.train import optim
 from jaxformer.train.checkpoint import Checkpoints
 from jaxformer.train.fit import FitOptions, Interrupted, NonFiniteError, fit
 from jaxformer.train.flow import FlowUpdate, adaptive, euler
-from jaxformer.train.metrics import read_jsonl
 from jaxformer.train.states import restore, restore_averaged
 from jaxformer.train.updates import ForwardUpdate, GradientUpdate
 from tests.train.problem import Regression, draw, optimizer, phase, recipe

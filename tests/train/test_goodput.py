@@ -7,9 +7,9 @@ import pytest
 
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.goodput import goodput
-from jaxformer.parallel.trace import traced_steps
+from jaxformer.observe.goodput import FILE, Goodput
+from jaxformer.observe.trace import traced_steps
 from jaxformer.train.fit import FitOptions, Interrupted, fit
-from jaxformer.train.goodput import FILE, Goodput
 from tests.train.problem import phase, recipe
 
 
@@ -53,7 +53,7 @@ def test_a_start_from_an_older_checkpoint_repeats_the_work_of_all_before(tmp_pat
 
 def test_every_second_has_one_reason(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("jaxformer.train.goodput.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("jaxformer.observe.goodput.time.monotonic", lambda: clock[0])
     account = Goodput(None)
     clock[0] = 1.0
     with account.spent("steps"):

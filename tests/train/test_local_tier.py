@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.storage.local import LocalTier
 from jaxformer.train.fit import FitOptions, fit
-from jaxformer.train.metrics import read_jsonl
 from tests.train.problem import phase, recipe
 
 

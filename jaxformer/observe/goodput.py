@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxformer.train.metrics import Jsonl
+from jaxformer.observe.metrics import Jsonl
 
 FILE = "goodput.jsonl"
 

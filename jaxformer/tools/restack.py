@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from jaxformer import paths
+from jaxformer.catalogue import build
 from jaxformer.errors import ConfigError
+from jaxformer.interop.tensors import new_folder
 from jaxformer.nn.block import stack_layers, unstack_layers
 from jaxformer.parallel.mesh import make_mesh
-from jaxformer.recipe import Recipe
 from jaxformer.train.checkpoint import Checkpoints, flatten, saved_steps
 from jaxformer.train.states import abstract_states, restore, saved_phase
 
+LAYERS = ("stacked", "unrolled")
 
-def restack(
-    workdir: str | Path,
-    to: str | Path,
-    build: Callable[[ConfigDict], Recipe],
-    step: int | None = None,
-) -> tuple[int, bool]:
-    """Write the state of `step` (the last) into the folder `to`, `config.model.scan` turned over.
 
-    Parameters, averages and optimiser state are all converted, so the run continues there. Returns
-    the step, and whether the layers now run in a loop.
+def restack(workdir: str | Path, out: str | Path, layers: str, step: int | None = None) -> Path:
+    """Write the state of `step` (the last) into a new run whose layers are "stacked" or "unrolled".
+
+    `config.model.scan` is set to match. Parameters, averages and optimiser state are all
+    converted, so the run continues there.
 
     Raises:
-        ConfigError: the config has no `model.scan`, the layers differ, or `to` holds a run.
+        ConfigError: the config has no `model.scan`, the layers differ or are so already, or `out`
+            exists.
     """
-    if (Path(to) / "checkpoints").exists():
-        raise ConfigError(f"to: {to} holds checkpoints already; give another folder")
+    if layers not in LAYERS:
+        raise ConfigError(f"layers: {layers!r}; must be one of {', '.join(LAYERS)}")
     step = saved_steps(workdir)[-1] if step is None else step
     with Checkpoints(workdir) as checkpoints:
         page = checkpoints.meta(step)
     config = ConfigDict(page["config"])
     if "scan" not in config.get("model", {}):
-        raise ConfigError(f"workdir: the config of {workdir} has no field model.scan to turn over")
+        raise ConfigError(f"layers: the config of {workdir} has no field model.scan")
+    if config.model.scan == (layers == "stacked"):
+        raise ConfigError(f"layers: those of {workdir} are {layers} already")
     mesh = make_mesh(config.mesh.to_dict())
     state = restore(build(config), workdir, step=step, mesh=mesh)
     config.model.scan = scan = not config.model.scan
@@ -53,6 +53,6 @@ def restack(
         return jax.device_put(named[name], leaf.sharding)
 
     found = paths.map_named(put, abstract.replace(key=None)).replace(key=state.key)
-    with Checkpoints(to) as checkpoints:
+    with new_folder(out) as folder, Checkpoints(folder) as checkpoints:
         checkpoints.save(step, found, {"phase": page["phase"], "config": dict(recipe.config)})
-    return step, scan
+    return Path(out)

@@ -6,8 +6,9 @@ import pytest
 
 from jaxformer import cli, paths
 from jaxformer.catalogue import load
+from jaxformer.observe.metrics import read_jsonl
+from jaxformer.tools.subject import run_config
 from jaxformer.train.fit import FitOptions, Interrupted, fit
-from jaxformer.train.metrics import read_jsonl
 from jaxformer.train.states import restore
 
 
@@ -26,9 +27,9 @@ def test_a_run_continues_scanned_and_comes_back(tmp_path, one_device, capsys):
     with pytest.raises(Interrupted):
         stop = FitOptions(stop_after=6, **options)
         fit(recipe(False), workdir=plain, mesh=one_device, options=stop)
-    assert cli.main(["restack", f"--workdir={plain}", f"--to={loop}"]) == 0
-    assert "step 6; continue with --config.model.scan=true" in capsys.readouterr().out
-    assert cli.main(["restack", f"--workdir={loop}", f"--to={back}"]) == 0
+    assert cli.main(["convert", str(plain), str(loop), "--layers", "stacked"]) == 0
+    assert run_config(loop).model.scan
+    assert cli.main(["convert", str(loop), str(back), "--layers", "unrolled"]) == 0
 
     def arrays(workdir):
         state = restore(recipe(False), workdir, mesh=one_device)
@@ -39,5 +40,5 @@ def test_a_run_continues_scanned_and_comes_back(tmp_path, one_device, capsys):
         fit(recipe(scan), workdir=workdir, mesh=one_device, options=FitOptions(**options))
     expected = {step: loss for step, loss in losses(plain).items() if step > 6}
     assert losses(loop) == pytest.approx(expected, rel=1e-5)
-    assert cli.main(["restack", f"--workdir={plain}", f"--to={loop}"]) == 2
-    assert "holds checkpoints already" in capsys.readouterr().err
+    assert cli.main(["convert", str(plain), str(loop), "--layers", "stacked"]) == 2
+    assert "exists already" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""Verbs on papers and on this machine: what there is, which claims hold, how fast it is."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxformer.errors import ConfigError
+
+
+def list_papers(options: argparse.Namespace, _: Any) -> None:
+    from jaxformer.config import PACKAGE, papers, presets
+
+    rows = []
+    for slug in papers():
+        text = (PACKAGE / "papers" / slug / "__init__.py").read_text()
+        title = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+        rows.append({"paper": slug, "presets": list(presets(slug)), "title": title})
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return
+    if options.markdown:
+        print("| paper | what it is | presets |\n| --- | --- | --- |")
+    for row in rows:
+        slug, names, title = row["paper"], ", ".join(row["presets"]), row["title"]
+        if options.markdown:
+            print(f"| [`{slug}`](jaxformer/papers/{slug}) | {title} | {names} |")
+        else:
+            print(f"{slug:<20} {names:<22} {title}")
+
+
+def reproduce(options: argparse.Namespace, _: Any) -> int:
+    from jaxformer.config import papers
+
+    chosen = papers() if options.paper == "all" else [options.paper]
+    from jaxformer.catalogue import paper_module, reproduce
+
+    failed = []
+    for paper in chosen:
+        paper_module(paper)
+        workdir = Path(options.workdir or "runs/reproduce") / f"{paper}-{options.seed}"
+        if not reproduce(paper, workdir, seed=options.seed):
+            failed.append(paper)
+        print((workdir / "report.md").read_text().split("\n## ")[0])
+        print(f"report: {workdir / 'report.md'}")
+    if failed:
+        print(f"jaxformer: claims not met: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def bench(options: argparse.Namespace, _: Any) -> None:
+    given = {"stage": options.stage, "minutes": options.minutes, "tiny": options.tiny}
+    given = {name: value for name, value in given.items() if value}
+    if options.what == "h200":
+        from jaxformer.bench.h200 import run
+
+        print(run(Path(options.out or "bench"), **given))
+        return
+    if given or options.out:
+        raise ConfigError(f"bench {options.what}: --{next(iter(given), 'out')} is for bench h200")
+    from jaxformer.evaluation.report import text_table
+
+    if options.what == "attention":
+        from jaxformer.bench.attention import bench_attention as bench
+    elif options.what == "data":
+        from jaxformer.data.bench import bench_data as bench
+    elif options.what == "loop":
+        from jaxformer.train.bench import bench_loop as bench
+    else:
+        from jaxformer.train.bench import bench_checkpoint as bench
+    print(text_table(bench()))

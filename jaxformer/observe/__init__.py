@@ -1,0 +1,1 @@
+"""What watches a run: its metrics, where its time goes, traces, a watchdog."""
