@@ -17,7 +17,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from jaxformer import paths
-from jaxformer.parallel.multihost import lost
+from jaxformer.errors import Agreed
+from jaxformer.parallel.multihost import several
 from jaxformer.recipe import ConfigError, InitFrom, TrainState
 from jaxformer.storage import digest
 from jaxformer.storage.places import AnyPath, place
@@ -81,8 +82,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and lost(error):
-            return  # what is being written waits for a process that is gone
+        if several() and error is not None and not isinstance(error, Agreed):
+            return  # what is being written waits for processes that are gone, or will not come
         self._writer.close(error)
 
     def steps(self) -> list[int]:
