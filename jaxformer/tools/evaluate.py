@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxformer.evaluation.exams import Exam, Subject
 from jaxformer.evaluation.report import figure, markdown_table
 from jaxformer.interop.huggingface import is_folder
 from jaxformer.recipe import Recipe
+from jaxformer.storage.places import place
 from jaxformer.tools.subject import open_subject
 from jaxformer.train.checkpoint import saved_steps
 
@@ -110,12 +110,12 @@ def _present(workdir: str | Path) -> list[int]:
 
 def write_results(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     """`evaluation.json`, `evaluation.md` and, where a run has several steps, `evaluation.png`."""
-    folder = Path(folder)
+    folder = place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "evaluation.json"
     partial = page.with_suffix(".partial")  # a reader never sees half of it
     partial.write_text(json.dumps(list(rows), indent=2) + "\n")
-    os.replace(partial, page)
+    partial.replace(page)
     text = ["# Evaluation", "", markdown_table(rows), ""]
     written = [page, folder / "evaluation.md"]
     if len({row["step"] for row in rows}) > 1:
