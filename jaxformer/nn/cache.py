@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.errors import ConfigError
+from jaxformer.kernels.target import target
 
 
 class DecodeUnsupported(ConfigError):
@@ -66,7 +67,7 @@ class KVCache(nn.Module):
         new = new[0] if single else new
         held = self.variable("cache", name, jnp.zeros_like, new)
         if not self.is_initializing():
-            write = _write if single else jax.vmap(_write)
+            write = _write if single else _write_rows
             held.value = write(held.value, new, at_B[0] if single else at_B)
         all_BxGxSxK = held.value[None] if single else held.value
         return all_BxGxSxK.swapaxes(1, 2)
@@ -74,3 +75,18 @@ class KVCache(nn.Module):
 
 def _write(old_GxSxK: jax.Array, new_GxLxK: jax.Array, at: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(old_GxSxK, new_GxLxK, (0, at, 0))
+
+
+def _write_rows(old_BxGxSxK: jax.Array, new_BxGxLxK: jax.Array, at_B: jax.Array) -> jax.Array:
+    """Each row at its own place: one scatter.
+
+    XLA for CPUs converts all of a bfloat16 array to scatter into it, so there it is a loop.
+    """
+    if target().platform != "cpu":
+        return jax.vmap(_write)(old_BxGxSxK, new_BxGxLxK, at_B)
+
+    def row(i: jax.Array, held: jax.Array) -> jax.Array:
+        new = jax.lax.dynamic_slice_in_dim(new_BxGxLxK, i, 1)
+        return jax.lax.dynamic_update_slice(held, new, (i, 0, at_B[i], 0))
+
+    return jax.lax.fori_loop(0, len(at_B), row, old_BxGxSxK)
