@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _unfinished(error: Exception) -> int:
     """The exit code of a run that did not end as it should; raises what nobody expects."""
     from jaxformer.parallel.multihost import PeersLost, leave, lost
-    from jaxformer.train.checkpoint import CheckpointDamaged, CheckpointFailed
+    from jaxformer.storage.digest import CheckpointDamaged
+    from jaxformer.storage.failures import CheckpointFailed
     from jaxformer.train.fit import Interrupted, NonFiniteError
 
     gone = error if isinstance(error, PeersLost) else lost(error)
@@ -103,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("soak", runs.soak, "hit a small run with every fault, and kill -9 until time is up")
     sub.add_argument("--minutes", type=float, default=20.0)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--output", default="results/soak.json")
+    sub.add_argument("--output", default="results/soak.json", help="a session is added to it")
+    sub.add_argument("--kills-only", action="store_true", help="leave out the other faults")
 
     sub = verb("show", runs.show, "what a config is: phases, parameters, sharding, FLOPs, memory")
     sub.add_argument("config", help="file or paper, with :preset")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from jaxformer.errors import ConfigError
@@ -13,6 +12,7 @@ def evaluate(options: argparse.Namespace, _: Any) -> None:
     from jaxformer.evaluation.exams import ImageAccuracy, MultipleChoice, Perplexity
     from jaxformer.evaluation.report import text_table
     from jaxformer.interop.huggingface import is_folder
+    from jaxformer.storage.places import place
     from jaxformer.tools.evaluate import evaluate, watch, write_results
 
     exams: list[Any] = []
@@ -23,8 +23,8 @@ def evaluate(options: argparse.Namespace, _: Any) -> None:
     if options.choices:
         exams.append(MultipleChoice(options.choices, options.batch))
     own = options.own or not exams
-    first = Path(options.checkpoints[0])
-    folder = Path(options.output or (f"runs/{first.name}" if is_folder(first) else first))
+    first = place(options.checkpoints[0])
+    folder = place(options.output or (f"runs/{first.name}" if is_folder(first) else first))
     if not options.watch:
         rows = evaluate(options.checkpoints, steps=options.steps, exams=exams, own=own)
         paths = write_results(rows, folder)

@@ -85,7 +85,8 @@ def launch(options: argparse.Namespace, overrides: dict[str, str]) -> None:
 def soak(options: argparse.Namespace, _: Any) -> int:
     from jaxformer.soak import soak
 
-    return 0 if soak(options.minutes, options.seed, Path(options.output)) else 1
+    output = Path(options.output)
+    return 0 if soak(options.minutes, options.seed, output, options.kills_only) else 1
 
 
 def _label(spec: str) -> str:

@@ -11,6 +11,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from jaxformer.errors import ConfigError
+
 
 class Refusal(NamedTuple):
     """What an implementation cannot do, and why."""
@@ -78,11 +80,11 @@ def choose(
     name: str,
     error: type[KernelUnsupported] = KernelUnsupported,
 ) -> Implementation:
-    """The implementation called `name`; raises `error` where it refuses, ValueError if unknown."""
+    """The implementation called `name`; raises `error` where it refuses, ConfigError if unknown."""
     found = next((x for x in implementations if x.name == name), None)
     if found is None:
         names = ["auto", *(x.name for x in implementations)]
-        raise ValueError(f"impl={name!r} is unknown; allowed: {names}")
+        raise ConfigError(f"impl={name!r} is unknown; allowed: {names}")
     refusal = found.refuse(request)
     if refusal is not None:
         who_can = [x.name for x in implementations if x.refuse(request) is None]

@@ -21,7 +21,7 @@ from jaxformer.kernels.attention.mods import drop, seed_of
 from jaxformer.nn.cache import KVCache
 from jaxformer.nn.einsum import Einsum
 from jaxformer.nn.make import Make
-from jaxformer.nn.position import Mods, Position, Scheme, stream_positions
+from jaxformer.nn.position import At, Mods, Position, Scheme, stream_positions
 
 FULL = Full()
 
@@ -195,7 +195,7 @@ class Attention(nn.Module):
             k_BxSxGxK,
             v_BxSxGxK,
             mask=mask if self.window == FULL else mask & self.window,
-            mods=mods(self.heads, (x_BxLxD.shape[1], k_BxSxGxK.shape[1]), q_at, k_at),
+            mods=mods(self.heads, At(x_BxLxD.shape[1], k_BxSxGxK.shape[1], q_at, k_at)),
             scale=self.scale,
             q_pos=q_pos,
             k_pos=k_pos,

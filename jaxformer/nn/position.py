@@ -88,16 +88,23 @@ class Mods(NamedTuple):
     aux: Mapping[str, Operand] | None = None
 
 
+class At(NamedTuple):
+    """Where the scores of a call lie: L queries, S keys, and their positions.
+
+    `q_pos` (L,) or (B, L) and `k_pos` likewise are there where positions are not the numbers of
+    rows and columns.
+    """
+
+    queries: int
+    keys: int
+    q_pos: jax.Array | None = None
+    k_pos: jax.Array | None = None
+
+
 class Scheme(Protocol):
     """What changes scores and probabilities by position: a `Position`, or what layers share."""
 
-    def mods(
-        self,
-        heads: int,
-        sizes: tuple[int, int],
-        q_pos: jax.Array | None,
-        k_pos: jax.Array | None,
-    ) -> Mods: ...
+    def mods(self, heads: int, at: At) -> Mods: ...
 
 
 class Position(nn.Module):
@@ -108,19 +115,9 @@ class Position(nn.Module):
         del positions
         return x_BxLxHxK
 
-    def mods(
-        self,
-        heads: int,
-        sizes: tuple[int, int],
-        q_pos: jax.Array | None,
-        k_pos: jax.Array | None,
-    ) -> Mods:
-        """Changes of scores and probabilities, which are of (L, S) `sizes`.
-
-        `q_pos` (L,) or (B, L) and `k_pos` likewise are given where positions are not the numbers
-        of rows and columns.
-        """
-        del heads, sizes, q_pos, k_pos
+    def mods(self, heads: int, at: At) -> Mods:
+        """Changes of the scores and probabilities `at`."""
+        del heads, at
         return Mods()
 
 
@@ -147,18 +144,11 @@ class RoPE(Position):
 class ALiBi(Position):
     """Adds -slope_h |q - k| to the scores (Press et al. 2021, arXiv 2108.12409)."""
 
-    def mods(
-        self,
-        heads: int,
-        sizes: tuple[int, int],
-        q_pos: jax.Array | None,
-        k_pos: jax.Array | None,
-    ) -> Mods:
-        del sizes
+    def mods(self, heads: int, at: At) -> Mods:
         aux = {"slope": PerHead(jnp.asarray(alibi_slopes(heads)))}
-        if q_pos is None:
+        if at.q_pos is None or at.k_pos is None:
             return Mods(_alibi_by_index, aux=aux)
-        aux |= {"q": PerQ(q_pos[..., None, :]), "k": PerK(k_pos[..., None, :])}
+        aux |= {"q": PerQ(at.q_pos[..., None, :]), "k": PerK(at.k_pos[..., None, :])}
         return Mods(_alibi_by_position, aux=aux)
 
 

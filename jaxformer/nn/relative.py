@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxformer.kernels.attention import Tile, Toeplitz
-from jaxformer.nn.position import Mods
+from jaxformer.nn.position import At, Mods
 
 
 class BucketBias(nn.Module):
@@ -43,25 +43,20 @@ class BucketScheme:
     longest: int
     both_ways: bool
 
-    def mods(
-        self,
-        heads: int,
-        sizes: tuple[int, int],
-        q_pos: jax.Array | None,
-        k_pos: jax.Array | None,
-    ) -> Mods:
+    def mods(self, heads: int, at: At) -> Mods:
         """A band over all scores, or, at given positions, one number for each of them."""
         if self.table.shape[1] != heads:
             raise ValueError(f"BucketBias.heads={self.table.shape[1]}: the scores have {heads}")
-        if q_pos is None or k_pos is None:
-            length, keys = sizes
-            ahead = np.arange(keys - 1, -length, -1)  # key minus query, as a Toeplitz band lies
+        if at.q_pos is None or at.k_pos is None:
+            ahead = np.arange(
+                at.keys - 1, -at.queries, -1
+            )  # key minus query, as a Toeplitz band lies
             return Mods(_add_bias, aux={"bias": Toeplitz(self.table[self.bucket(ahead)].T)})
         # Distances beyond `longest` share a bucket, so that a short list of them is enough.
         known = np.arange(-self.longest, self.longest + 1)
-        ahead = k_pos[..., None, :] - q_pos[..., :, None]
-        at = jnp.clip(ahead, -self.longest, self.longest) + self.longest
-        bias = jnp.take(self.table, jnp.take(jnp.asarray(self.bucket(known)), at), axis=0)
+        ahead = at.k_pos[..., None, :] - at.q_pos[..., :, None]
+        index = jnp.clip(ahead, -self.longest, self.longest) + self.longest
+        bias = jnp.take(self.table, jnp.take(jnp.asarray(self.bucket(known)), index), axis=0)
         return Mods(_add_bias, aux={"bias": Tile(jnp.moveaxis(bias, -1, -3))})
 
     def bucket(self, ahead: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Full, Mask, Segments, Tile
 from jaxformer.nn.make import Make
-from jaxformer.nn.position import Mods, Position
+from jaxformer.nn.position import At, Mods, Position
 
 FULL = Full()
 
@@ -107,14 +107,8 @@ class WindowBias(Position):
     window: int
 
     @nn.compact
-    def mods(
-        self,
-        heads: int,
-        sizes: tuple[int, int],
-        q_pos: jax.Array | None,
-        k_pos: jax.Array | None,
-    ) -> Mods:
-        del sizes, q_pos, k_pos
+    def mods(self, heads: int, at: At) -> Mods:
+        del at
         side = 2 * self.window - 1
         init = jax.nn.initializers.truncated_normal(0.02)
         table = self.param("table", init, (side * side, heads), jnp.float32)

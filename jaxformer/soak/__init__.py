@@ -31,11 +31,12 @@ CACHE = {
 }
 
 
-def soak(minutes: float, seed: int, output: Path) -> bool:
-    """Write what came of every fault to `output` as JSON; whether nothing was violated."""
+def soak(minutes: float, seed: int, output: Path, kills_only: bool = False) -> bool:
+    """Add what came of every fault to the sessions in `output`; whether nothing was violated."""
     deadline = time.monotonic() + 60 * minutes
     draw = random.Random(seed)
-    page: dict[str, Any] = {
+    before = json.loads(output.read_text())["sessions"] if output.exists() else []
+    session: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {**versions(), "python": platform.python_version()},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -46,45 +47,47 @@ def soak(minutes: float, seed: int, output: Path) -> bool:
         "rounds": [],
     }
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        trial = Trial(folder)
-        os.environ.update({"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), **CACHE})
+        trial = Trial(Path(name))
+        os.environ.update({"JAX_COMPILATION_CACHE_DIR": f"{name}/cache", **CACHE})
         trial.prepare()
-        for fault in FAULTS:
-            page["faults"][fault] = _outcome(page, fault, inject, fault, trial)
-            _write(output, page)
+        for fault in () if kills_only else FAULTS:
+            session["faults"][fault] = _outcome(session, fault, inject, fault, trial)
+            _write(output, [*before, session])
         while time.monotonic() < deadline:
-            number = len(page["rounds"])
+            number = len(session["rounds"])
             found: list[dict[str, Any]] = []
-            workdir = folder / f"round_{number}"
+            workdir = trial.folder / f"round_{number}"
             said = _outcome(
-                page, f"round {number}", kill_round, trial, workdir, draw, found, deadline
+                session, f"round {number}", kill_round, trial, workdir, draw, found, deadline
             )
-            page["rounds"].append({"kills": found, "end": said})
-            _write(output, page)
-    return not page["violations"]
+            session["rounds"].append({"kills": found, "end": said})
+            _write(output, [*before, session])
+    return not session["violations"]
 
 
-def _outcome(page: dict[str, Any], name: str, act: Any, *arguments: Any) -> str:
+def _outcome(session: dict[str, Any], name: str, act: Any, *arguments: Any) -> str:
     print(f"soak: {name}", file=sys.stderr, flush=True)
     try:
         said = act(*arguments)
     except Violation as error:
         said = f"VIOLATED: {error}"
-        page["violations"].append(f"{name}: {error}")
+        session["violations"].append(f"{name}: {error}")
     print(f"soak: {name}: {said}", file=sys.stderr, flush=True)
     return said
 
 
-def _write(output: Path, page: dict[str, Any]) -> None:
-    kills = [kill for part in page["rounds"] for kill in part["kills"]]
+def _write(output: Path, sessions: list[dict[str, Any]]) -> None:
+    """The sessions, and in front what they come to."""
+    kills = [kill for session in sessions for r in session["rounds"] for kill in r["kills"]]
     moments = collections.Counter(kill["moment"] for kill in kills)
     met = collections.Counter(kill["moment"] for kill in kills if kill["met"])
     summary = {
         "kills": len(kills),
+        "violations": sum(len(session["violations"]) for session in sessions),
         "moments": {m: {"drawn": n, "met": met[m]} for m, n in sorted(moments.items())},
         "others ended after, s (longest)": max((k["others_ended_in_s"] for k in kills), default=0),
         "others ended by": dict(collections.Counter(how for k in kills for how in k["others"])),
+        "faults": sorted({name for session in sessions for name in session["faults"]}),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"summary": summary, **page}, indent=1) + "\n")
+    output.write_text(json.dumps({"summary": summary, "sessions": sessions}, indent=1) + "\n")

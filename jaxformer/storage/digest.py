@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from etils import epath
@@ -68,6 +69,28 @@ def verify_together(folder: epath.Path) -> None:
         fault = error
     if not all_say(fault is None):
         raise fault or CheckpointDamaged(f"{folder}: another process says so")
+
+
+def newest_whole(folder: epath.Path, steps: Sequence[int]) -> int | None:
+    """The newest of `steps` that is whole, None of none; damaged ones are renamed and told of.
+
+    Raises:
+        CheckpointDamaged: all are damaged.
+    """
+    damaged = None
+    for step in sorted(steps, reverse=True):
+        try:
+            verify_together(folder / str(step))
+            return step
+        except CheckpointDamaged as error:
+            damaged = error
+        print(f"checkpoint {step} is damaged and skipped: {damaged}", file=sys.stderr)
+        if jax.process_index() == 0:
+            (folder / str(step)).rename(folder / f"{step}.damaged")
+        all_say(True)  # nobody looks again before it is renamed
+    if damaged is not None:
+        raise CheckpointDamaged(f"no whole checkpoint is left in {folder}: {damaged}")
+    return None
 
 
 def _compare(folder: epath.Path, files: Mapping[str, list[int]]) -> None:

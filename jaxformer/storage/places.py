@@ -17,4 +17,4 @@ def remote(path: AnyPath) -> bool:
 
 def place(path: AnyPath) -> epath.Path:
     """The path, absolute. `epath.Path("gs://a").absolute()` would be "./gs:/a" (etils 1.15)."""
-    return epath.Path(path if remote(path) else Path(path).absolute())
+    return epath.Path(path if remote(path) else Path(path).expanduser().absolute())

@@ -168,30 +168,33 @@ def _read_own(tensors: Tensors, abstract: TrainState) -> tuple[Any, Any]:
     return tree["params"], tree["extra"]
 
 
-def weights_of(
-    recipe: Recipe, workdir: str | Path, steps: Sequence[int], weights: str, mesh: Any = None
-) -> TrainState:
-    """The state of a step; of several, the last one's with the mean of their parameters.
+def _weights(
+    workdir: Path, steps: str, weights: str
+) -> tuple[ConfigDict, Recipe, list[int], TrainState]:
+    """A run's config, recipe, chosen steps, and the state of the last of them.
 
-    `weights` "averaged" are those that evaluation uses (the EMA, where the run kept one), "raw"
-    those that training goes on with.
+    Its parameters are the mean over the steps. `weights` "averaged" are those that evaluation uses
+    (the EMA, where the run kept one), "raw" those that training goes on with.
     """
     if weights not in ("averaged", "raw"):
         raise ConfigError(f"weights: {weights!r}; must be 'averaged' or 'raw'")
+    config = run_config(workdir)
+    chosen = select_steps(saved_steps(workdir), steps)
+    recipe, mesh = build(config), make_mesh(config.mesh.to_dict())
 
     def read(step: int) -> TrainState:
         if weights == "raw":
             return restore(recipe, workdir, step=step, mesh=mesh)
         return restore_averaged(recipe, workdir, step=step, mesh=mesh)[1]
 
-    state = read(steps[-1])
-    if len(steps) == 1:
-        return state
-    total = jax.tree.map(lambda x: x.astype(jnp.float32), state.params)
-    for step in steps[:-1]:
-        total = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, read(step).params)
-    mean = jax.tree.map(lambda a, x: (a / len(steps)).astype(x.dtype), total, state.params)
-    return state.replace(params=mean)
+    state = read(chosen[-1])
+    if len(chosen) > 1:
+        total = jax.tree.map(lambda x: x.astype(jnp.float32), state.params)
+        for step in chosen[:-1]:
+            total = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, read(step).params)
+        mean = jax.tree.map(lambda a, x: (a / len(chosen)).astype(x.dtype), total, state.params)
+        state = state.replace(params=mean)
+    return config, recipe, chosen, state
 
 
 def cast(params: Any, dtype: Any) -> Any:
@@ -219,10 +222,7 @@ def export(
     folder that `import_folder` reads. Several `steps` are averaged.
     """
     workdir, out = Path(workdir), Path(out)
-    config = run_config(workdir)
-    chosen = select_steps(saved_steps(workdir), steps)
-    recipe = build(config)
-    state = weights_of(recipe, workdir, chosen, weights, make_mesh(config.mesh.to_dict()))
+    config, recipe, chosen, state = _weights(workdir, steps, weights)
     params = cast(state.params, dtype)
     card = model_card(recipe, workdir, chosen, weights, params)
     if "huggingface" in config:
@@ -264,11 +264,7 @@ def convert(
     dtype: Any = None,
 ) -> Path:
     """A new run that starts from the weights of another, averaged over steps or cast."""
-    workdir = Path(workdir)
-    config = run_config(workdir)
-    chosen = select_steps(saved_steps(workdir), steps)
-    recipe = build(config)
-    state = weights_of(recipe, workdir, chosen, weights, make_mesh(config.mesh.to_dict()))
+    _, recipe, _, state = _weights(Path(workdir), steps, weights)
     with new_folder(out) as folder:
         params, zero = cast(state.params, dtype), jnp.zeros((), jnp.int32)
         extra = _shared_extra(recipe, state)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from jaxformer.evaluation.exams import Exam, Subject
 from jaxformer.evaluation.report import figure, markdown_table
 from jaxformer.interop.huggingface import is_folder
 from jaxformer.recipe import Recipe
+from jaxformer.storage.places import place
 from jaxformer.tools.subject import open_subject
 from jaxformer.train.checkpoint import saved_steps
 
@@ -110,12 +110,12 @@ def _present(workdir: str | Path) -> list[int]:
 
 def write_results(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     """`evaluation.json`, `evaluation.md` and, where a run has several steps, `evaluation.png`."""
-    folder = Path(folder)
+    folder = place(folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "evaluation.json"
     partial = page.with_suffix(".partial")  # a reader never sees half of it
     partial.write_text(json.dumps(list(rows), indent=2) + "\n")
-    os.replace(partial, page)
+    partial.replace(page)
     text = ["# Evaluation", "", markdown_table(rows), ""]
     written = [page, folder / "evaluation.md"]
     if len({row["step"] for row in rows}) > 1:
@@ -134,15 +134,16 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
         if name is None:
             axis.remove()
             continue
-        for checkpoint in dict.fromkeys(row["checkpoint"] for row in rows):
+        for i, checkpoint in enumerate(dict.fromkeys(row["checkpoint"] for row in rows)):
             mine = [r for r in rows if r["checkpoint"] == checkpoint and name in r]
             steps, values = [r["step"] for r in mine], [r[name] for r in mine]
-            if len(mine) == 1 and steps == [0]:
-                axis.axhline(values[0], linestyle="--", label=checkpoint)
+            look = {"color": f"C{i}", "label": checkpoint}
+            if steps == [0]:
+                axis.axhline(values[0], linestyle="--", **look)
             elif mine:
-                axis.plot(steps, values, marker="o", label=checkpoint)
+                axis.plot(steps, values, marker="o", **look)
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
-    axes.flat[0].legend()
+        axis.legend()
     fig.savefig(path, dpi=110)
     return path

@@ -20,6 +20,7 @@ from jaxformer.interop import huggingface
 from jaxformer.interop.tensors import read_json
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.recipe import Recipe, TrainState
+from jaxformer.storage.places import place
 from jaxformer.train.checkpoint import Checkpoints, saved_steps
 from jaxformer.train.states import first_data, restore_averaged
 
@@ -50,7 +51,7 @@ def open_subject(
     Raises:
         ConfigError: there is none, or it cannot be read.
     """
-    path = Path(path).expanduser()
+    path = place(path)
     if huggingface.is_folder(path):
         if step is not None:
             raise ConfigError(f"steps: {path} is a Hugging Face folder, which has none; leave out")

@@ -8,24 +8,21 @@ checkpoint in the tests. `workdir` is any path that etils knows, such as gs://bu
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import re
-import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from jaxformer import paths
-from jaxformer.parallel.multihost import all_say, lost
+from jaxformer.errors import Agreed
+from jaxformer.parallel.multihost import several
 from jaxformer.recipe import ConfigError, InitFrom, TrainState
 from jaxformer.storage import digest
-from jaxformer.storage.digest import CheckpointDamaged
-from jaxformer.storage.failures import CheckpointFailed, explained, quiet
 from jaxformer.storage.places import AnyPath, place
+from jaxformer.storage.writer import Writer
 
 LAYOUT = 1
 # {n: what a leaf of layout n + 1 was called in layout n}
@@ -79,28 +76,15 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=handlers
         )
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._saving: Future[None] | None = None
-        quiet()
+        self._writer = Writer(self._manager, self.directory)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and lost(error):
-            return  # what is being written waits for a process that is gone
-        # An exit without close leaves orbax's event loop to print a storm of errors.
-        failed = isinstance(error, CheckpointFailed)
-        try:
-            if not failed:
-                self.wait()
-        except CheckpointFailed:
-            failed = True
-            raise
-        finally:
-            self._background.shutdown()
-            with contextlib.suppress(*([Exception] if failed else [])):
-                self._manager.close()  # says once more what failed
+        if several() and error is not None and not isinstance(error, Agreed):
+            return  # what is being written waits for processes that are gone, or will not come
+        self._writer.close(error)
 
     def steps(self) -> list[int]:
         """Saved steps, oldest first."""
@@ -112,21 +96,9 @@ class Checkpoints:
         Raises:
             CheckpointDamaged: there are checkpoints, and all are damaged.
         """
-        damaged = None
-        for step in reversed(self.steps()):
-            try:
-                self.verify(step)
-                return step
-            except CheckpointDamaged as error:
-                damaged = error
-            print(f"checkpoint {step} is damaged and skipped: {damaged}", file=sys.stderr)
-            if jax.process_index() == 0:
-                (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
-            all_say(True)  # nobody looks before it is renamed
-            self._manager.reload()
-        if damaged is not None:
-            raise CheckpointDamaged(f"no whole checkpoint is left in {self.directory}: {damaged}")
-        return None
+        newest = digest.newest_whole(self.directory, self.steps())
+        self._manager.reload()
+        return newest
 
     def verify(self, step: int) -> None:
         """Compare a saved step with its checksums, where it has some.
@@ -151,37 +123,15 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(paths.nest(flatten(state))), meta=ocp.args.JsonSave(page)
         )
-        try:
-            self._manager.save(step, args=items, force=True)
-        except Exception as error:
-            raise self._failure(step, error) from error
-        self._saving = self._background.submit(self._finish, step)
-
-    def _finish(self, step: int) -> None:
-        """In the background: wait for the last byte, then note the checksums."""
-        try:
-            self._manager.wait_until_finished()
-            digest.write(self.directory / str(step), jax.process_index(), jax.process_count())
-        except Exception as error:
-            raise self._failure(step, error) from error
-
-    def _failure(self, step: int, error: Exception) -> Exception:
-        return explained(error, step, self.directory, [s for s in self.steps() if s != step])
+        self._writer.save(step, items)
 
     def check(self) -> None:
-        """Raise what went wrong in the background, if anything did by now."""
-        if self._saving is not None and self._saving.done():
-            self.wait()
+        """Raise `CheckpointFailed` if a write has failed by now."""
+        self._writer.check()
 
     def wait(self) -> None:
-        """Wait for the write under way.
-
-        Raises:
-            CheckpointFailed: it could not be written.
-        """
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        """Wait for the write under way; raises `CheckpointFailed` if it fails."""
+        self._writer.wait()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON page of a saved step.

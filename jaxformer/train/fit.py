@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxformer import paths
 from jaxformer.data.base import prefetch
-from jaxformer.errors import STOPPED
+from jaxformer.errors import STOPPED, Agreed
 from jaxformer.kernels.told import told
 from jaxformer.observe.goodput import Goodput
 from jaxformer.observe.metrics import Jsonl, Progress, Sink, TensorBoard
@@ -41,11 +41,11 @@ from jaxformer.train.states import (
 from jaxformer.train.updates import merge
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(Agreed):
     """Too many steps in a row gave a loss or gradient that is not finite."""
 
 
-class Interrupted(RuntimeError):
+class Interrupted(Agreed):
     """A signal ended the run after a checkpoint was written; the same command continues it."""
 
 
@@ -346,7 +346,8 @@ class _Run:
     def _copy(self, phase: Phase) -> None:
         self.doing(f"copying step {self.step}")
         if self.local:
-            self.local.save(self.step, flatten(self.state), self._page(phase))
+            with self.goodput.spent("save"):
+                self.local.save(self.step, flatten(self.state), self._page(phase))
 
     def _save(self, phase: Phase) -> None:
         if self.checkpoints is None:

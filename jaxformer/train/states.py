@@ -141,7 +141,9 @@ def _restore(
     step = saved_steps(workdir)[-1] if step is None else step
     mesh = mesh or make_mesh()
     with Checkpoints(workdir) as checkpoints, jax.set_mesh(mesh):
-        index = saved_phase(recipe, checkpoints.meta(step))
+        page = checkpoints.meta(step)
+        checkpoints.verify(step)
+        index = saved_phase(recipe, page)
         abstract = abstract_states(recipe, mesh)[index + 1]
         phase = recipe.phases[index] if index >= 0 else Phase(INITIAL)
         return phase, checkpoints.restore(step, abstract)

@@ -13,9 +13,10 @@ import subprocess
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from jaxformer.parallel import topology
 
@@ -80,14 +81,22 @@ def compile_for(target, function, *args, dump=None):
     options = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
     if dump is not None and target in GPUS:
         options["xla_dump_to"] = str(dump)
-        for name, value in (("PTXAS", "1"), ("TO", str(dump))):
+        for name, value in (("PTX", "1"), ("PTXAS", "1"), ("TO", str(dump))):
             os.environ[f"MOSAIC_GPU_DUMP_{name}"] = value
-    program = jax.jit(function).lower(*args).compile(compiler_options=options)
+    # Inside its mesh, the program is traced for the target and not for this process's CPU.
+    mesh = Mesh(np.array([device(target)]), ("device",), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function).lower(*args)
+    program = lowered.compile(compiler_options=options)
     return Compiled(program, _resources(dump, GPUS[target]) if "xla_dump_to" in options else {})
 
 
 def _resources(dump, arch):
-    """What ptxas -v says of the kernels dumped to a folder: by XLA as PTX, by Mosaic as text."""
+    """What ptxas -v says of the kernels dumped to a folder, by XLA and by Mosaic.
+
+    Mosaic's own report counts as well: its ptxas may be that of another CUDA on this machine, and
+    they differ by a register here and there.
+    """
     reports = [x.read_text() for x in pathlib.Path(dump).rglob("*ptxas*") if x.is_file()]
     for ptx in pathlib.Path(dump).glob("*.ptx"):
         if ".version" in ptx.read_text():

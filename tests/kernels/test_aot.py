@@ -126,9 +126,7 @@ def test_tpu_odd_shapes(l, s, k, dtype):
 def check_triton(target, call, kinds, x, dump):
     compiled = compile_for(target, program("triton", call, kinds), x, dump=dump)
     assert len([name for name in compiled.kernels if name.startswith("kernel")]) >= 3
-    # ptxas stays at 96 or 128 registers for a few bytes of spills; with 255 it had no choice.
-    worst = {name: x for name, x in compiled.kernels.items() if x.spills}
-    assert all(x.spills <= 32 and x.registers < 255 for x in worst.values()), worst
+    assert not compiled.spills
 
 
 @pytest.mark.parametrize("target", ["h200", "a100"])
@@ -136,6 +134,14 @@ def check_triton(target, call, kinds, x, dump):
 def test_triton_variants(name, target, tmp_path):
     call, kinds = VARIANTS[name]
     check_triton(target, call, kinds, arrays(kinds), tmp_path)
+
+
+@pytest.mark.parametrize("target", ["h200", "a100"])
+@pytest.mark.parametrize("k", [128, 256])
+@pytest.mark.parametrize("name", ["prefix_capped", "urpe", "bias", "quantised", "dropout"])
+def test_triton_mods_at_large_head_sizes(name, k, target, tmp_path):
+    call, kinds = VARIANTS[name]
+    check_triton(target, call, kinds, arrays(kinds, k=k), tmp_path)
 
 
 @pytest.mark.parametrize("target", ["h200", "a100"])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import (
     AttentionUnsupported,
     BlockSparse,
@@ -368,22 +369,53 @@ def test_auto_explains_and_explicit_is_never_replaced():
     [
         (dict(impl="flash"), "impl='flash' is unknown; allowed: .*'chunked'"),
         (dict(mask=np.ones((4, 4), bool)), "mask: needs a Mask"),
-        (dict(aux={"b": jnp.ones(2)}), "declare how tiles read it"),
-        (dict(aux={"b": PerHead(jnp.ones(3))}), r"PerHead: shape \(3,\) does not broadcast"),
-        (dict(aux={"b": Toeplitz(jnp.ones(8))}), r"must be .*\(2, 7\)"),
-        (dict(head_map=(0, 2)), r"head_map: needs 2 key heads in \[0, 2\)"),
-        (dict(sink=jnp.ones(3)), "one number per query head"),
-        (dict(dropout=(1.0, jax.random.key(0))), r"rate must be in \[0, 1\)"),
-        (dict(prob_mod=lambda p, i, a: p), "ProbMod"),
-        (dict(q_pos=jnp.ones(4)), "positions must be integers"),
-        (dict(mask=KeyPadding(jnp.ones(2))), "KeyPadding: needs booleans"),
-        (dict(tiles=(0, 4)), "two positive sizes"),
+        (dict(mask=KeyPadding(jnp.ones(2))), "mask: KeyPadding.*float32"),
+        (dict(mask=DenseMask(jnp.ones((4, 4), int))), "mask: DenseMask: needs booleans, got int32"),
+        (dict(mask=MaskMod(lambda i: i.q - i.k)), "mask: MaskMod gives int32, it needs booleans"),
+        (dict(aux={"b": jnp.ones(2)}), r"aux\['b'\]: declare how tiles read it"),
+        (dict(aux={"b": PerHead(jnp.ones(3))}), r"aux\['b'\]: PerHead: shape \(3,\) does not"),
+        (dict(aux={"b": Toeplitz(jnp.ones(8))}), r"aux\['b'\]: .*must be .*\(2, 7\)"),
+        (dict(score_mod=lambda s, i, a: s + a["b"]), "score_mod: reads the operand 'b'.*has \\[]"),
+        (dict(score_mod=lambda s, i, a: s.sum()), r"score_mod: must return.*got float32 \(\)"),
+        (dict(score_mod=lambda s, i, a: s > 0), "score_mod: must return.*got bool"),
+        (dict(score_mod=2.0), "score_mod: needs a function.*got float"),
+        (dict(prob_mod=lambda p, i, a: p), "prob_mod: needs ProbMod.*got function"),
+        (dict(head_map=(0, 2)), r"head_map: needs 2 key heads in \[0, 2\), got \(0, 2\)"),
+        (dict(head_map=(0.5, 1)), r"head_map: needs 2 key heads.*0.5"),
+        (dict(sink=jnp.ones(3)), r"sink: .*per query head, \(2,\), got float32 \(3,\)"),
+        (dict(sink=[1.0, 2.0]), "sink: .*got list"),
+        (dict(dropout=(1.0, jax.random.key(0))), r"dropout: rate must be in \[0, 1\), got 1.0"),
+        (dict(dropout=(0.1, 7)), "dropout: needs a key of jax.random.key, got 7"),
+        (dict(dropout=0.1), r"dropout: needs \(rate, key\), got 0.1"),
+        (dict(q_pos=jnp.ones(4)), "q_pos: positions must be integers"),
+        (dict(k_pos=jnp.ones(5, int)), r"k_pos: PerK: shape \(5,\)"),
+        (dict(scale=jnp.float32(1.0)), "scale: needs a Python number.*learned"),
+        (dict(tiles=(0, 4)), "tiles: needs two positive sizes"),
+        (dict(tiles=8), "tiles: needs two positive sizes.*got 8"),
     ],
 )
-def test_wrong_calls_are_named(change, message):
-    x = jnp.ones((2, 4, 2, 3))
-    with pytest.raises(ValueError, match=message):
-        attention(x, x, x, **change)
+def test_wrong_calls_are_named_while_tracing(change, message):
+    x = jax.ShapeDtypeStruct((2, 4, 2, 3), jnp.float32)
+    with pytest.raises(ConfigError, match=message):
+        plan(x, x, x, **change)
+
+
+def test_a_traced_block_table_is_pointed_to_the_dense_mask():
+    def run(table):
+        return BlockSparse(table, 2, 2)
+
+    with pytest.raises(ConfigError, match=r"blocks is traced.*DenseMask\(table.repeat"):
+        jax.eval_shape(lambda table: run(table).blocks, jnp.ones((2, 2), bool))
+
+
+def test_parts_that_do_not_belong_together_are_named():
+    o, lse = jnp.ones((2, 4, 3, 8)), jnp.ones((2, 3, 4))
+    with pytest.raises(ConfigError, match=r"merge: .*\[\]"):
+        merge([])
+    with pytest.raises(ConfigError, match=r"merge: .*\(2, 4, 3\)"):
+        merge([(o, lse.swapaxes(1, 2))] * 2)
+    with pytest.raises(ConfigError, match=r"merge: .*\(1, 4, 3, 8\)"):
+        merge([(o, lse), (o[:1], lse[:1])])
 
 
 def test_wrong_shapes_are_named():
@@ -412,10 +444,11 @@ def test_masks_that_do_not_fit_are_named(mask, message):
         plan(x, x, x, mask=mask)
 
 
-def test_integers_are_refused():
-    x = jnp.ones((2, 4, 2, 3), jnp.int32)
-    with pytest.raises(ValueError, match="floating-point arrays, got int32"):
-        attention(x, x, x)
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float8_e4m3fn, jnp.complex64])
+def test_types_that_nobody_computes_in_are_refused(dtype):
+    x = jax.ShapeDtypeStruct((2, 4, 2, 3), dtype)
+    with pytest.raises(ConfigError, match=f"needs one of bfloat16.*got {jnp.dtype(dtype).name}"):
+        plan(x, x, x)
 
 
 def test_a_closed_over_array_is_refused_not_silently_constant():

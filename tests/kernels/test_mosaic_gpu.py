@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxformer.kernels.attention import (
     AttentionUnsupported,
@@ -18,6 +19,7 @@ from jaxformer.kernels.attention import (
     api,
     attention,
     choice,
+    plan,
     ste_round,
 )
 from jaxformer.kernels.attention.blocks import blocks
@@ -28,6 +30,7 @@ from jaxformer.kernels.dispatch import Implementation
 from tests.kernels.attention_reference import Case, attend, draw, slope
 from tests.kernels.mosaic_simulator import simulated
 from tests.kernels.test_attention import CASES, run
+from tests.kernels.test_attention_pairs import case_of, share
 
 
 @pytest.fixture
@@ -64,10 +67,20 @@ def test_values_and_gradients(name, simulator):
     check(CASES[name], x, simulator)
 
 
-def test_rings_that_go_round_head_sizes_that_differ_and_launches_of_their_own(simulator):
-    # Mods at head sizes above 64 have dK and dV in separate launches.
+@pytest.mark.parametrize(("mask", "mod", "shape"), share(2))
+def test_masks_with_modifications(mask, mod, shape, simulator):
+    case = case_of(mask, mod, shape)
+    x = draw(case)
+    if "aux_cap" in x:
+        x["aux_cap"] = np.float32(2.0)
+    check(case, x, simulator)
+
+
+@pytest.mark.parametrize("sizes", [(72, 40), (200, 250)])
+def test_rings_that_go_round_head_sizes_that_differ_and_launches_of_their_own(sizes, simulator):
+    # Mods at head sizes above 64 have dK and dV in separate launches, above 128 narrower tiles.
     case = Case(
-        (1, 270, 600, 2, 1, 72, 40),
+        (1, 270, 600, 2, 1, *sizes),
         lambda: Causal(offset=330),
         lambda b, i, j: j <= i + 330,
         call=dict(score_mod=lambda s, i, a: s + a["column"]),
@@ -252,6 +265,18 @@ def test_refusals_name_what_is_in_the_way(change, message):
     x = jnp.zeros((1, 16, 1, call.pop("size", 64)), call.pop("dtype", jnp.bfloat16))
     with pytest.raises(AttentionUnsupported, match=f"'mosaic_gpu' does not support.*{message}"):
         attention(x, x, x, impl="mosaic_gpu", **call)
+
+
+def test_on_a_mesh_of_hoppers_they_are_the_first_choice():
+    # `jnp.where` traces to other operations where a mesh is set: they must be understood, too.
+    mesh = AbstractMesh(
+        (1,), ("data",), (AxisType.Auto,),
+        abstract_device=AbstractDevice("NVIDIA H200", 132, "gpu"),
+    )  # fmt: skip
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh):
+        found = plan(x, x, x, mask=Causal(), score_mod=lambda s, i, a: jnp.where(s > 0, s, 0.0))
+    assert found.impl == "mosaic_gpu"
 
 
 # ---------------------------------------------------------------------- the simulator itself

@@ -4,27 +4,15 @@ import jax.numpy as jnp
 import pytest
 
 from jaxformer.kernels.attention import Causal
-from jaxformer.kernels.attention.mosaic_gpu import op
-from jaxformer.kernels.target import Target
 from tests.kernels.aot import compile_for
 from tests.kernels.test_aot import VARIANTS, arrays, program
 
 pytestmark = pytest.mark.aot
 
 
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    monkeypatch.setattr(op, "target", lambda: Target("gpu", "NVIDIA H200"))
-
-
-# Head size 256, backward: a sum of 128 registers, two products of 32, and the operands of the mod
-# are more than a thread's 240 registers. Bytes per thread, stored and loaded, per tile at most.
-SPILLS = {"prefix_capped": 16, "urpe": 32, "bias": 160, "dropout": 64}
-
-
-def check(target_folder, call, kinds, x, allowed=0):
+def check(target_folder, call, kinds, x):
     compiled = compile_for("h200", program("mosaic_gpu", call, kinds), x, dump=target_folder)
-    assert max(compiled.spills.values(), default=0) <= allowed, compiled.kernels
+    assert not compiled.spills
     return compiled
 
 
@@ -32,7 +20,13 @@ def check(target_folder, call, kinds, x, allowed=0):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants(name, k, tmp_path):
     call, kinds = VARIANTS[name]
-    check(tmp_path, call, kinds, arrays(kinds, k=k), SPILLS.get(name, 0) if k == 256 else 0)
+    check(tmp_path, call, kinds, arrays(kinds, k=k))
+
+
+@pytest.mark.parametrize("name", ["urpe", "bias", "dropout"])  # what takes the most registers
+def test_head_size_192(name, tmp_path):
+    call, kinds = VARIANTS[name]
+    check(tmp_path, call, kinds, arrays(kinds, k=192))
 
 
 @pytest.mark.parametrize(
@@ -47,6 +41,8 @@ def test_variants(name, k, tmp_path):
 def test_odd_shapes(l, s, k, dtype, tiles, tmp_path):
     call = dict(mask=Causal(s - l), tiles=tiles)
     compiled = check(tmp_path, call, {}, arrays({}, k, l, s, dtype))
+    # Shapes of no other test: a kernel that was compiled before leaves no report.
+    assert any("mosaic_gpu" in name for name in compiled.kernels)
     # The forward and two backward kernels; a third where dK and dV need launches of their own.
     assert compiled.program.as_text().count('custom_call_target="mosaic_gpu') == 3 + (k > 128)
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxformer.storage.digest import CheckpointDamaged
-from jaxformer.train.checkpoint import CheckpointFailed, Checkpoints
+from jaxformer.storage.failures import CheckpointFailed
+from jaxformer.train.checkpoint import Checkpoints
 from jaxformer.train.fit import FitOptions, fit
 from jaxformer.train.states import restore
 from tests.train.problem import phase, recipe

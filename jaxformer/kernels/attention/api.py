@@ -16,6 +16,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxformer.kernels.attention.blocks import static_states
+from jaxformer.kernels.attention.checks import (
+    check_arrays,
+    check_dropout,
+    check_heads,
+    check_mask,
+    check_mods,
+    check_parts,
+    check_positions,
+    check_scale,
+    check_tiles,
+)
 from jaxformer.kernels.attention.choice import implementation
 from jaxformer.kernels.attention.masks import SKIP, Full, Mask
 from jaxformer.kernels.attention.mods import ProbMod, ScoreMod, seed_of
@@ -64,7 +75,7 @@ def attention(
     tiles: (queries, keys) of a tile; the implementation chooses when absent.
     allow_quadratic: let `xla` make a score matrix above 2 GiB.
 
-    Raises ValueError on shapes that do not fit, AttentionUnsupported where `impl` cannot.
+    Raises ConfigError where arguments do not fit, AttentionUnsupported where `impl` cannot.
     """
     request = _request(
         q_BxLxHxK,
@@ -143,7 +154,10 @@ def merge(parts: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.
     """Attention over a union of disjoint key sets from (output, LSE) over each; differentiable.
 
     Outputs (B, L, H, Kv), LSEs (B, H, L). A query that saw nothing anywhere stays 0, LSE -inf.
+
+    Raises ConfigError on no parts, or parts that differ in shape.
     """
+    check_parts(parts)
     lse = jnp.stack([lse for _, lse in parts])
     m = lse.max(0)
     m = lax.stop_gradient(jnp.where(m == -jnp.inf, 0.0, m))
@@ -179,23 +193,14 @@ def _request(
     return_lse: bool = False,
 ) -> Request:
     """Check a call and make it a value; plain ShapeDtypeStructs will do for `plan`."""
-    heads = _check_shapes(q, k, v, head_map, sink)
-    if not isinstance(mask, Mask):
-        raise ValueError(f"mask: needs a Mask (for an array: DenseMask), got {type(mask).__name__}")
-    _check_mask(mask, Sizes(*q.shape[:3:2], q.shape[1], k.shape[1]))
-    if prob_mod is not None and not isinstance(prob_mod, ProbMod):
-        raise ValueError("prob_mod: needs ProbMod(fn, linear=True or False)")
-    for name, operand in (aux or {}).items():
-        if not isinstance(operand, Operand):
-            raise ValueError(
-                f"aux[{name!r}]: declare how tiles read it (Scalar, PerHead, PerQ, PerK, Tile, "
-                f"Toeplitz), got {type(operand).__name__}"
-            )
-    rate, key = dropout or (0.0, None)
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout: rate must be in [0, 1), got {rate}")
-    if tiles is not None and (len(tiles) != 2 or min(tiles) < 1):
-        raise ValueError(f"tiles: needs two positive sizes, got {tiles}")
+    check_arrays(q, k, v)
+    sizes = Sizes(*q.shape[:3:2], q.shape[1], k.shape[1])
+    heads = check_heads(sizes, k.shape[2], head_map, sink)
+    check_mask(mask, sizes)
+    check_positions(q_pos, k_pos, sizes)
+    check_mods(score_mod, prob_mod, aux or {}, sizes)
+    scale = q.shape[-1] ** -0.5 if scale is None else check_scale(scale)
+    rate, key = check_dropout(dropout)
     return Request(
         q,
         k,
@@ -207,58 +212,13 @@ def _request(
         k_pos,
         seed_of(key) if rate else None,
         Rules(
-            scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+            scale=scale,
             score_mod=score_mod,
             prob_mod=prob_mod,
-            dropout_rate=float(rate),
+            dropout_rate=rate,
             head_map=heads,
-            tiles=None if tiles is None else (int(tiles[0]), int(tiles[1])),
+            tiles=check_tiles(tiles),
             allow_quadratic=allow_quadratic,
             lse=return_lse,
         ),
     )
-
-
-def _check_shapes(
-    q: Any, k: Any, v: Any, head_map: Sequence[int] | None, sink: Any
-) -> tuple[int, ...] | None:
-    """Raise ValueError where shapes do not fit; the head map as a tuple, None if it is uniform."""
-    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
-    if not len(q.shape) == len(k.shape) == len(v.shape) == 4:
-        raise ValueError(f"attention: needs (batch, length, heads, head size) arrays, got {shapes}")
-    if not (q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3]):
-        raise ValueError(f"attention: batch, key length or key heads differ: {shapes}")
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: head sizes of q and k differ: {shapes}")
-    if 0 in (*q.shape, *k.shape, *v.shape):
-        raise ValueError(f"attention: every axis needs at least one element, got {shapes}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention: types differ: {q.dtype}, {k.dtype}, {v.dtype}")
-    if not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"attention: needs floating-point arrays, got {q.dtype}")
-    h, g = q.shape[2], k.shape[2]
-    if sink is not None and sink.shape != (h,):
-        raise ValueError(f"sink: needs one number per query head, ({h},), got {sink.shape}")
-    if head_map is None:
-        if h % g:
-            raise ValueError(f"attention: {h} query heads over {g} key heads needs a head_map")
-        return None
-    heads = tuple(int(x) for x in head_map)
-    if len(heads) != h or not all(0 <= x < g for x in heads):
-        raise ValueError(f"head_map: needs {h} key heads in [0, {g}), got {heads}")
-    uniform = h % g == 0 and heads == tuple(i // (h // g) for i in range(h))
-    return None if uniform else heads
-
-
-def _check_mask(mask: Mask, sizes: Sizes) -> None:
-    """Raise ValueError where an array of the mask does not lie over the scores."""
-    for axes, array in zip(mask.leaf_axes(), jax.tree.leaves(mask), strict=True):
-        full = tuple(getattr(sizes, axis) for axis in axes)
-        shape = jnp.shape(array)
-        if len(shape) != len(full) or any(
-            n not in (1, m) for n, m in zip(shape, full, strict=True)
-        ):
-            raise ValueError(
-                f"mask: {type(mask).__name__} has an array of shape {shape}, which does not "
-                f"broadcast to ({', '.join(axes.upper())}) = {full}"
-            )

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import operands as ops
 from jaxformer.kernels.attention.operands import Block, Idx, Operand, PerK, PerQ, Sizes
 
@@ -255,9 +256,15 @@ class BlockSparse(Mask):
     block_k: int
 
     def __post_init__(self) -> None:
-        blocks = np.array(self.blocks, bool)  # a TracerArrayConversionError here: use DenseMask
+        if isinstance(self.blocks, jax.core.Tracer):
+            raise ConfigError(
+                "BlockSparse: blocks is traced and must be known while tracing; a table that is "
+                "computed is DenseMask(table.repeat(block_q, 0).repeat(block_k, 1)), whose tiles "
+                "are skipped as well"
+            )
+        blocks = np.array(self.blocks, bool)
         if blocks.ndim != 2 or self.block_q < 1 or self.block_k < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"BlockSparse: blocks must be 2-D with positive block sizes, got {blocks.shape}, "
                 f"{self.block_q}, {self.block_k}"
             )

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxformer.errors import ConfigError
 from jaxformer.kernels.dispatch import (
     Deferred,
     Implementation,
@@ -77,7 +78,7 @@ def linear_attention(
     impl: an implementation by name, never replaced by another; "auto" chooses, `explain` says why.
     tiles: the implementation chooses when absent; memory is linear in L for any.
 
-    Raises ValueError on shapes that do not fit, LinearAttentionUnsupported where `impl` cannot.
+    Raises ConfigError on arrays that do not fit, LinearAttentionUnsupported where `impl` cannot.
     """
     request = _request(q_BxLxHxK, k_BxSxHxK, v_BxSxHxN, causal=causal, tiles=tiles)
     chosen, why = _choose(request, impl)
@@ -154,17 +155,19 @@ def _sums(x: jax.Array) -> jax.Array:
 def _request(q: Any, k: Any, v: Any, *, causal: bool, tiles: Tiles | None) -> Request:
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if not (len(q.shape) == len(k.shape) == len(v.shape) == 4 and k.shape[:3] == v.shape[:3]):
-        raise ValueError(f"linear_attention: needs (batch, length, heads, size) arrays: {shapes}")
+        raise ConfigError(f"linear_attention: needs (batch, length, heads, size) arrays: {shapes}")
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(f"linear_attention: batch, heads or feature size differ: {shapes}")
+        raise ConfigError(f"linear_attention: batch, heads or feature size differ: {shapes}")
     if 0 in (*q.shape, *k.shape, *v.shape):
-        raise ValueError(f"linear_attention: every axis needs an element: {shapes}")
+        raise ConfigError(f"linear_attention: every axis needs an element: {shapes}")
     if causal and q.shape[1] != k.shape[1]:
-        raise ValueError(f"linear_attention: causal needs L = S: {shapes}")
+        raise ConfigError(f"linear_attention: causal needs L = S: {shapes}")
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"linear_attention: types differ: {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ConfigError(f"linear_attention: types differ: {q.dtype}, {k.dtype}, {v.dtype}")
+    if not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ConfigError(f"linear_attention: needs floating-point arrays, got {q.dtype}")
     if tiles is not None and min(x for x in tiles if x is not None) < 1:
-        raise ValueError(f"tiles: needs positive sizes, got {tiles}")
+        raise ConfigError(f"tiles: needs positive sizes, got {tiles}")
     return Request(q, k, v, causal, tiles)
 
 

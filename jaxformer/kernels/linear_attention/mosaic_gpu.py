@@ -195,7 +195,8 @@ class _Kernel:
         def step(t: Any, state: Any) -> Any:
             blocks = {name: ring.take(t) for name, ring in rings.items()}
             if rounded is not None:
-                o = self.output(blocks, rounded)
+                # Opaque, or its addresses wait in registers through the loop, and one too many.
+                o = self.output(blocks, refs["rounded"].at[device.opaque(jnp.int32(c))])
                 target = refs["o"].at[b, self.rows(refs, t), h, self.column(c)]
                 target[...] = o.astype(target.dtype)
             if "k" in blocks:

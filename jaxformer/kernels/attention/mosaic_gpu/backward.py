@@ -26,6 +26,7 @@ from jaxformer.kernels.attention.mosaic_gpu.schedule import (
     HeadTables,
     Ring,
     Visits,
+    swizzle_of,
     visit_table,
 )
 from jaxformer.kernels.attention.mosaic_gpu.terms import Place, Terms
@@ -70,7 +71,9 @@ class Pull:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Which statistics are read."""
-        return tuple(name for name in ("lse", "delta") if self.needs(name))
+        found = {name for name in ("lse", "delta") if self.needs(name)}
+        found |= {"delta"} if self.needs("dw") and self.terms.dw_less_delta else set()
+        return tuple(sorted(found))
 
     def statistic(self, refs: Mapping[str, Any], name: str, place: Place) -> Part:
         """The "lse" or "delta" of the queries of a tile."""
@@ -97,10 +100,14 @@ class Pull:
                 known[name] = self.statistic(refs, name, place)
             if name not in factors:
                 return read(name)
+            a, b = factors[name][0], device.transposed(factors[name][1])
+            if name == "dw" and self.terms.dw_less_delta:
+                over, delta = get("delta")
+                start = full_tile(Part(over, -delta), place.shape)
+                return Part("rc", device.add_products((start, a, b))[0])
             if name == "dw" and self.ahead and "delta" in self.statistics:
                 get("delta")
-            a, b = factors[name]
-            product = device.multiply(a, device.transposed(b))
+            product = device.multiply(a, b)
             return Part("rc", product * (self.request.rules.scale if name == "raw" else 1.0))
 
         outputs = self.programs[partial](place.shape, get)
@@ -153,12 +160,15 @@ def query_pass(
     outputs |= {f"out.{n}": jax.ShapeDtypeStruct((b, h, padded.l), F32) for n in rows}
     outputs |= {f"out.{n}": jax.ShapeDtypeStruct((b, h, padded.l, padded.s), F32) for n in tiles}
     scratch: dict[str, Any] = {"block_ready": device.Barriers(COMPUTE, len(kernel.pairs))}
+    swizzle = swizzle_of(config.dq_keys)
     for own, streamed in (("q", "k"), ("do", "v")):
         if own in inputs:
             x = inputs[own]
-            scratch[f"{own}_block"] = device.Shared((COMPUTE, ROWS, x.shape[-1]), x.dtype)
+            scratch[f"{own}_block"] = device.Shared((COMPUTE, ROWS, x.shape[-1]), x.dtype, swizzle)
             shape = config.dq_keys, x.shape[-1]
-            scratch |= Ring.scratch(f"{streamed}_ring", shape, x.dtype, config.back_stages)
+            scratch |= Ring.scratch(
+                f"{streamed}_ring", shape, x.dtype, config.back_stages, swizzle=swizzle
+            )
     out = device.launch(
         kernel, inputs, outputs, scratch, name="attention_dq",
         grid={"turn": visits.count.shape[1], "batch": b, "head": h}, warpgroups=COMPUTE + 1,
@@ -280,14 +290,17 @@ def key_pass(
     outputs |= {f"out.{n}": per_key for n in rows}
     resident = sum(name in inputs for name in ("k", "v"))
     scratch: dict[str, Any] = {"block_ready": device.Barriers(COMPUTE, resident)}
+    swizzle = swizzle_of(config.dkv_queries)
     for name in ("k", "v"):
         if name in inputs or f"d{name}" in sums:
             x = getattr(saved, name)
-            scratch[f"{name}_block"] = device.Shared((COMPUTE, ROWS, x.shape[-1]), x.dtype)
+            scratch[f"{name}_block"] = device.Shared((COMPUTE, ROWS, x.shape[-1]), x.dtype, swizzle)
     for name in ("q", "do"):
         if name in inputs:
             shape = config.dkv_queries, inputs[name].shape[-1]
-            scratch |= Ring.scratch(f"{name}_ring", shape, saved.q.dtype, config.back_stages)
+            scratch |= Ring.scratch(
+                f"{name}_ring", shape, saved.q.dtype, config.back_stages, swizzle=swizzle
+            )
     out = device.launch(
         kernel, inputs, outputs, scratch, name="_".join(("attention", *sums)),
         grid={"turn": visits.count.shape[1], "batch": b, "head": g}, warpgroups=COMPUTE + 1,

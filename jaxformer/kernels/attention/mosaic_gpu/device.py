@@ -26,10 +26,15 @@ F32 = jnp.float32
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """A buffer in shared memory; its last two axes are swizzled in the way of the tensor cores."""
+    """A buffer in shared memory; its last two axes are swizzled in the way of the tensor cores.
+
+    `swizzle` is the bytes of a swizzled row. Both factors of a product have the same one, and the
+    product sums over whole ones: 64 for tiles of 32 columns of 16-bit numbers.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
+    swizzle: int = 128
 
     @property
     def bytes(self) -> int:
@@ -77,9 +82,9 @@ def launch(
 def _allocation(x: Shared | Barriers) -> Any:
     if isinstance(x, Barriers):
         return plgpu.Barrier(num_arrivals=x.arrivals, num_barriers=x.number)
-    columns = 128 // jnp.dtype(x.dtype).itemsize
-    swizzle = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(x.shape, x.dtype, transforms=swizzle)
+    columns = x.swizzle // jnp.dtype(x.dtype).itemsize
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(x.swizzle)
+    return plgpu.SMEM(x.shape, x.dtype, transforms=transforms)
 
 
 # -------------------------------------------------------------------------------- control

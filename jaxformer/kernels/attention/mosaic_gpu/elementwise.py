@@ -224,7 +224,7 @@ CALLS = {
 }
 SHAPES = (
     *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy", "copy_p"),
-    "stop_gradient",
+    *("stop_gradient", "reshard"),  # `jnp.where` reshards wherever a mesh is set
     *("reduce_sum", "reduce_max", "reduce_min"),
 )
 REWRITES: dict[str, Callable[..., jax.Array]] = {

@@ -54,6 +54,11 @@ def head_size(request: Request) -> int:
     return max(padded_size(x.shape[-1]) for x in (request.k, request.v))
 
 
+def swizzle_of(columns: int) -> int:
+    """Bytes of a swizzled row, of products that sum over so many columns of a tile."""
+    return min(128, 2 * columns)
+
+
 def padded_size(n: int) -> int:
     """A head size as the tensor cores read it."""
     return -(-n // ROWS) * ROWS
@@ -63,8 +68,10 @@ def config_of(request: Request) -> Config:
     """The tile sizes of a call: by head size, the forward keys from `tiles` where given."""
     rules, size = request.rules, head_size(request)
     config = CONFIGS[size]
-    if rules.score_mod or rules.prob_mod or rules.dropout_rate:
-        config = config._replace(dq_keys=64, split_dkv=size > 64)  # mods need registers, too
+    if rules.score_mod or rules.prob_mod or rules.dropout_rate:  # mods need registers, too
+        config = config._replace(dq_keys=64, split_dkv=size > 64)
+        if size > 128:  # a sum of 128 registers and two tiles of 32 leave none for a bias
+            config = config._replace(dq_keys=32, dkv_queries=32, back_stages=2)
     tiles = rules.tiles or tuned(
         "attention",
         "mosaic_gpu",
@@ -166,11 +173,17 @@ class Ring(NamedTuple):
 
     @classmethod
     def scratch(
-        cls, name: str, shape: tuple[int, int], dtype: Any, stages: int, readers: int = COMPUTE
+        cls,
+        name: str,
+        shape: tuple[int, int],
+        dtype: Any,
+        stages: int,
+        readers: int = COMPUTE,
+        swizzle: int = 128,
     ) -> dict[str, Any]:
         """What `launch` has to allocate."""
         return {
-            name: device.Shared((stages, *shape), dtype),
+            name: device.Shared((stages, *shape), dtype, swizzle),
             f"{name}_ready": device.Barriers(stages),
             f"{name}_free": device.Barriers(stages, readers),
         }

@@ -103,14 +103,24 @@ class Terms:
             lambda x: tile.weights(rules, x["p"], self._view(x, partial), self._parts(x)), "p"
         )
 
+    @property
+    def dw_less_delta(self) -> bool:
+        """Whether "dw" comes with "delta" subtracted, as it can where weights are probabilities.
+
+        The product then starts from -delta: 32 subtractions less, and the statistics do not wait
+        in 16 registers for it to end.
+        """
+        rules = self.request.rules
+        return rules.prob_mod is None and not rules.dropout_rate
+
     def pull_back(self, *, partial: bool) -> Program:
         """`tile.pull_back`: "raw", "dw", "lse", "delta" -> `tile.Pulled`."""
 
         def fn(x: dict[str, jax.Array]) -> tile.Pulled:
-            per_row = x["lse"][..., 0], x["delta"][..., 0]
+            delta = jnp.zeros_like(x["lse"]) if self.dw_less_delta else x["delta"]
             return tile.pull_back(
-                self.request.rules, x["raw"], x["dw"], *per_row, self._view(x, partial),
-                self._parts(x), lambda parts: parts,
+                self.request.rules, x["raw"], x["dw"], x["lse"][..., 0], delta[..., 0],
+                self._view(x, partial), self._parts(x), lambda parts: parts,
             )  # fmt: skip
 
         return self._trace(fn, "raw", "dw", "lse", "delta")

@@ -167,8 +167,11 @@ def backward_tiles(request: Request) -> tuple[int, int]:
     if request.rules.tiles is not None:
         tq, tk = request.rules.tiles
         return (min(tq, tk),) * 2 if square else (tq, tk)
-    wide = max(request.q.shape[3], request.v.shape[3]) > 128
-    small = square or wide or request.rules.two_pass or request.q.dtype == jnp.float32
+    width, rules = max(request.q.shape[3], request.v.shape[3]), request.rules
+    if width > 128:
+        return (16, 16) if square else (16, 64)
+    small = square or rules.two_pass or request.q.dtype == jnp.float32
+    small = small or (rules.dropout_rate > 0 and width > 64)
     return (32, 32) if small else (64, 32)
 
 

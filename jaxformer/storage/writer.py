@@ -1,0 +1,80 @@
+"""Writes to a checkpoint manager in the background, and what becomes of those that fail."""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+from etils import epath
+
+from jaxformer.storage import digest
+from jaxformer.storage.failures import CheckpointFailed, explained, quiet
+
+
+class Writer:
+    """One write at a time: copied off the device at once, then written, then summed up."""
+
+    def __init__(self, manager: Any, directory: epath.Path) -> None:
+        """`manager` is an `orbax.checkpoint.CheckpointManager` of `directory`."""
+        self._manager, self._directory = manager, directory
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+        quiet()
+
+    def save(self, step: int, items: Any) -> None:
+        """Start writing; returns once the arrays are copied off the device.
+
+        Raises:
+            CheckpointFailed: it could not be begun.
+        """
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise self._failure(step, error) from error
+        self._saving = self._background.submit(self._finish, step)
+
+    def _finish(self, step: int) -> None:
+        """Wait for the last byte, then note the checksums."""
+        try:
+            self._manager.wait_until_finished()
+            digest.write(self._directory / str(step), jax.process_index(), jax.process_count())
+        except Exception as error:
+            raise self._failure(step, error) from error
+
+    def _failure(self, step: int, error: Exception) -> Exception:
+        before = sorted(saved for saved in self._manager.all_steps() if saved != step)
+        return explained(error, step, self._directory, before)
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything did by now."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the write under way.
+
+        Raises:
+            CheckpointFailed: it could not be written.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self, error: BaseException | None) -> None:
+        """Wait, unless a write failed already, and close the manager.
+
+        An exit without this leaves orbax's event loop to print a storm of errors.
+        """
+        failed = isinstance(error, CheckpointFailed)
+        try:
+            if not failed:
+                self.wait()
+        except CheckpointFailed:
+            failed = True
+            raise
+        finally:
+            self._background.shutdown()
+            with contextlib.suppress(*([Exception] if failed else [])):
+                self._manager.close()  # says once more what failed
