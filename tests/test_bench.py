@@ -10,6 +10,7 @@ import pytest
 
 from jaxformer.bench.attention import bench_attention
 from jaxformer.bench.clock import Deadline, Run, Timing, program, race
+from jaxformer.bench.decode import bench_decode
 from jaxformer.bench.h200 import report, run
 from jaxformer.bench.stage import Stage
 from jaxformer.bench.targets import TARGETS, judge
@@ -149,6 +150,25 @@ def test_tuned_tiles_are_read_by_device(tmp_path, monkeypatch):
     assert tuned.tuned("attention", "triton", 3000, head_size=64) == [128, 64]
     assert tuned.tuned("attention", "triton", 3000, head_size=128) is None
     tuned._entries.cache_clear()
+
+
+@pytest.mark.slow  # PyTorch compiles for half a minute
+def test_decode_bench_compares_the_same_tokens():
+    pytest.importorskip("transformers")
+    sizes = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 99, "bos_token_id": 0}
+    options = {"prompt": 12, "length": 6, "rounds": 1, "trial": 2}
+    rows = bench_decode((1, 3), types=("float32",), **options, **sizes, eos_token_id=0)
+    assert [row["batch"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["same tokens"] == "100.0%"
+        assert row["ratio"] == pytest.approx(row["tokens/s"] / row["theirs tokens/s"])
+        assert row["prefill s"] > 0
+
+
+def test_decode_bench_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["bench", "decode"]) == 2
+    assert "needs transformers; install the test extra" in capsys.readouterr().err
 
 
 def test_attention_bench_prints_the_plan():

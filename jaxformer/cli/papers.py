@@ -68,6 +68,8 @@ def bench(options: argparse.Namespace, _: Any) -> None:
         from jaxformer.bench.attention import bench_attention as bench
     elif options.what == "data":
         from jaxformer.data.bench import bench_data as bench
+    elif options.what == "decode":
+        from jaxformer.bench.decode import bench_decode as bench
     elif options.what == "loop":
         from jaxformer.train.bench import bench_loop as bench
     else:

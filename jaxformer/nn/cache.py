@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.errors import ConfigError
+from jaxformer.kernels.target import target
 
 
 class DecodeUnsupported(ConfigError):
@@ -46,7 +47,10 @@ def count_positions(module: nn.Module, batch: int, length: int) -> jax.Array:
 class KVCache(nn.Module):
     """Keys and values read so far; each sequence has a write index of its own.
 
-    Rows beyond the index hold nothing: the caller masks them.
+    Rows beyond the index hold nothing: the caller masks them. They are kept as the products of
+    attention read them, heads before lengths: (B, G, S, K), and (G, S, K) of a single sequence.
+    To turn them at every token moved more memory than the weights of a GPT-2 are (8 sequences of
+    639 keys); under an axis of one, XLA for CPUs makes each write a copy of the whole cache.
     """
 
     @nn.compact
@@ -54,12 +58,35 @@ class KVCache(nn.Module):
         self, k_BxLxGxK: jax.Array, v_BxLxGxK: jax.Array, positions_BxL: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Write at `positions_BxL`, which are consecutive; return all of (B, S, G, K), twice."""
-        key = self.variable("cache", "key", jnp.zeros_like, k_BxLxGxK)
-        value = self.variable("cache", "value", jnp.zeros_like, v_BxLxGxK)
+        at_B = positions_BxL[:, 0]
+        return self._keep("key", k_BxLxGxK, at_B), self._keep("value", v_BxLxGxK, at_B)
+
+    def _keep(self, name: str, new_BxLxGxK: jax.Array, at_B: jax.Array) -> jax.Array:
+        single = len(at_B) == 1
+        new = new_BxLxGxK.swapaxes(1, 2)
+        new = new[0] if single else new
+        held = self.variable("cache", name, jnp.zeros_like, new)
         if not self.is_initializing():
-            write = jax.vmap(
-                lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (at, 0, 0))
-            )
-            key.value = write(key.value, k_BxLxGxK, positions_BxL[:, 0])
-            value.value = write(value.value, v_BxLxGxK, positions_BxL[:, 0])
-        return key.value, value.value
+            write = _write if single else _write_rows
+            held.value = write(held.value, new, at_B[0] if single else at_B)
+        all_BxGxSxK = held.value[None] if single else held.value
+        return all_BxGxSxK.swapaxes(1, 2)
+
+
+def _write(old_GxSxK: jax.Array, new_GxLxK: jax.Array, at: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(old_GxSxK, new_GxLxK, (0, at, 0))
+
+
+def _write_rows(old_BxGxSxK: jax.Array, new_BxGxLxK: jax.Array, at_B: jax.Array) -> jax.Array:
+    """Each row at its own place: one scatter.
+
+    XLA for CPUs converts all of a bfloat16 array to scatter into it, so there it is a loop.
+    """
+    if target().platform != "cpu":
+        return jax.vmap(_write)(old_BxGxSxK, new_BxGxLxK, at_B)
+
+    def row(i: jax.Array, held: jax.Array) -> jax.Array:
+        new = jax.lax.dynamic_slice_in_dim(new_BxGxLxK, i, 1)
+        return jax.lax.dynamic_update_slice(held, new, (i, 0, at_B[i], 0))
+
+    return jax.lax.fori_loop(0, len(at_B), row, old_BxGxSxK)

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxformer.kernels.target import target
+
 Initializer = jax.nn.initializers.Initializer
 
 
@@ -72,12 +74,13 @@ class Einsum(nn.Module):
     def contract(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         """The map with its operands in view: what quantisers and relevance rules intercept."""
         dtype = self.dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32)
+        sums = self.out_dtype
+        if sums is None and dtype == jnp.bfloat16 and target().platform == "cpu":
+            # XLA has fast bfloat16 products for CPUs, but only with float32 results: 9 ms for 75.
+            sums = jnp.float32
         y = jnp.einsum(
-            self.equation,
-            x.astype(dtype),
-            kernel.astype(dtype),
-            preferred_element_type=self.out_dtype,
-        )
+            self.equation, x.astype(dtype), kernel.astype(dtype), preferred_element_type=sums
+        ).astype(self.out_dtype or dtype)
         if bias is None:
             return y
         axes = Axes.of(self.equation)

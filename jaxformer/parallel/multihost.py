@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jaxformer.errors import ConfigError
 
 WAIT = 300  # seconds for all processes to appear
+PORT_WAIT = 10  # seconds for the port of the first process to become free
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as lost
 
 
@@ -66,6 +67,8 @@ def start(environment: Mapping[str, str] = os.environ, wait: int = WAIT) -> None
         )
         if who.process:
             _until_somebody_listens(who.coordinator, wait)
+        else:
+            _until_free(who.coordinator, min(wait, PORT_WAIT))
     try:
         jax.distributed.initialize(
             who.coordinator if who else None,
@@ -103,6 +106,30 @@ def _named(environment: Mapping[str, str]) -> Place | None:
     if ":" not in address:
         raise ConfigError(f"JAX_COORDINATOR_ADDRESS: {address!r} needs host:port")
     return Place(address, count, index)
+
+
+def _until_free(address: str, wait: float) -> None:
+    """Wait for a port that the process before may still hold.
+
+    The runtime, which listens there next, crashes now and then (a segmentation fault, seen with
+    jaxlib 0.10.2) where another program does.
+    """
+    port = int(address.rpartition(":")[2])
+    deadline = time.monotonic() + wait
+    while True:
+        with socket.socket() as found:
+            # As the runtime does: connections that are being closed do not count.
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                found.bind(("", port))
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise PeersLost(
+                        f"another program has the port of {address} ({error.strerror}); check "
+                        "that every process runs with an address whose port is free"
+                    ) from error
+        time.sleep(0.2)
 
 
 def _until_somebody_listens(address: str, wait: float) -> None:

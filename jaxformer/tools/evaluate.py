@@ -134,15 +134,16 @@ def plot(rows: Sequence[Row], path: Path) -> Path:
         if name is None:
             axis.remove()
             continue
-        for checkpoint in dict.fromkeys(row["checkpoint"] for row in rows):
+        for i, checkpoint in enumerate(dict.fromkeys(row["checkpoint"] for row in rows)):
             mine = [r for r in rows if r["checkpoint"] == checkpoint and name in r]
             steps, values = [r["step"] for r in mine], [r[name] for r in mine]
-            if len(mine) == 1 and steps == [0]:
-                axis.axhline(values[0], linestyle="--", label=checkpoint)
+            look = {"color": f"C{i}", "label": checkpoint}
+            if steps == [0]:
+                axis.axhline(values[0], linestyle="--", **look)
             elif mine:
-                axis.plot(steps, values, marker="o", label=checkpoint)
+                axis.plot(steps, values, marker="o", **look)
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
-    axes.flat[0].legend()
+        axis.legend()
     fig.savefig(path, dpi=110)
     return path

@@ -81,6 +81,13 @@ def test_draws_follow_the_distribution():
     assert chi2 < 20  # 3 or fewer degrees of freedom: passed by chance with 1 - 2e-4
 
 
+def test_greedy_draws_are_those_of_the_restricted_distribution():
+    logits = jnp.asarray(np.random.default_rng(0).integers(0, 3, (64, 9)), jnp.float32)  # ties
+    greedy = Sampler(temperature=0.0)
+    drawn = greedy.draw(jax.random.split(KEY, 64), logits)
+    np.testing.assert_array_equal(drawn, greedy.restrict(logits).argmax(-1))
+
+
 def test_greedy_generation_is_the_argmax_of_the_whole_model():
     prompts = [[1, 2, 3, 4, 5], [7], [0, 8, 3]]
     completions = run(prompts)
@@ -116,10 +123,11 @@ def test_generation_ends_with_a_stop_token_row_by_row():
         assert cut == row[: row.index(stop) + 1 if stop in row else 8]
 
 
-def test_streaming_tells_every_token_in_order():
-    prompts = [[1, 2, 3], [7]]
-    heard = [[], []]
-    options = {"temperature": 1.0, "stop": [4]}
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streaming_tells_every_token_in_order(temperature):
+    prompts = [[1, 2, 3], [7], [5, 0, 2, 8, 1]]
+    heard = [[], [], []]
+    options = {"temperature": temperature, "stop": [4]}
     streamed = run(prompts, on_token=lambda row, token: heard[row].append(token), **options)
     assert streamed == run(prompts, **options)
     assert heard == streamed

@@ -52,11 +52,30 @@ def test_cached_decoding_equals_the_whole_sequence(model, weights):
     whole = jax.jit(lambda params: model.apply({"params": params}, TOKENS))(params)
     read = jax.jit(lambda cache, tokens: linen.decode(model, params, {}, cache, tokens))
     cache = linen.start_cache(model, 2, 9)
-    parts = []
-    for part in (TOKENS[:, :4], *jnp.split(TOKENS[:, 4:], 5, axis=1)):
-        logits, cache = read(cache, part)
-        parts.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5, rtol=1e-5)
+    end = 0
+    for size in (4, 2, 1, 1, 1):  # a prompt in two parts, then single steps
+        logits, cache = read(cache, TOKENS[:, end : end + size])
+        end += size
+        expected = whole[:, end - 1 : end]  # after the last token of a part
+        np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_cache_is_written_in_place(rows):
+    """No step copies or turns a whole cache, which would cost more than the model's weights do."""
+    model, length = small_lm(), 11
+    params = jax.eval_shape(lambda: model.init(KEY, TOKENS))["params"]
+    cache = jax.eval_shape(lambda: linen.start_cache(model, rows, length))
+    step = jax.jit(
+        lambda cache, params, tokens: linen.decode(model, params, {}, cache, tokens)[::-1],
+        donate_argnums=0,
+    )
+    tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32)
+    program = step.lower(cache, params, tokens).compile().as_text()
+    heads, size = SMALL.heads, SMALL.width // SMALL.heads
+    whole = rf"f32\[({rows},)?({heads},{length}|{length},{heads}),{size}\]\S* "
+    assert re.search(whole, program)
+    assert not re.search(whole + r"(copy|transpose)\(", program)
 
 
 def test_scanned_and_rematerialised_equal_unrolled(weights):

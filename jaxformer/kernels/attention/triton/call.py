@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton
 
 from jaxformer.kernels.attention.blocks import BlockList, Blocks, blocks
 from jaxformer.kernels.attention.layout import Inputs
-from jaxformer.kernels.attention.operands import Operand, Sizes, Toeplitz
+from jaxformer.kernels.attention.operands import Operand, Sizes, Tile, Toeplitz
 from jaxformer.kernels.attention.reads import Reads
 from jaxformer.kernels.attention.request import Request, Rules
 from jaxformer.kernels.attention.tile import View
@@ -171,7 +171,9 @@ def backward_tiles(request: Request) -> tuple[int, int]:
     if width > 128:
         return (16, 16) if square else (16, 64)
     small = square or rules.two_pass or request.q.dtype == jnp.float32
-    small = small or (rules.dropout_rate > 0 and width > 64)
+    # Wide heads leave no registers for draws or for a number per score (48 bytes spilt on sm_90).
+    per_score = rules.dropout_rate > 0 or any(isinstance(x, Tile) for x in request.aux.values())
+    small = small or (per_score and width > 64)
     return (32, 32) if small else (64, 32)
 
 
