@@ -98,6 +98,9 @@ def assert_same(a, b, tolerance):
     a, b = paths.leaves(a), paths.leaves(b)
     assert a.keys() == b.keys()
     for name in a:
+        if name.endswith("key/bias"):
+            continue  # adds the same to all scores of a query: of its gradient, which is 0, Adam
+            # makes steps out of rounding errors (13 % of a step seen, with urpe)
         x, y = np.asarray(a[name], np.float64), np.asarray(b[name], np.float64)
         scale = max(1.0, np.abs(y).max(initial=0))
         error = np.abs(x - y).max(initial=0)

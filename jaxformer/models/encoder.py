@@ -97,7 +97,7 @@ class Classifier(nn.Module):
         x = self.pool(name="pool")(x_BxLxD, valid_BxL)
         x = Dropout(self.dropout, name="dropout")(x, train=train)
         logits = (self.head or class_head(self.classes))(name="head")(x)
-        return constrain(logits, ("batch", "vocab"))
+        return constrain(logits, ("batch", *["length"] * (logits.ndim - 2), "vocab"))
 
 
 class MaskedLM(nn.Module):

@@ -10,14 +10,13 @@ import jax
 
 from jaxformer.evaluation.claims import Lab
 from jaxformer.evaluation.report import figure
-from jaxformer.papers.urpe.model import POSITIONS
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.recipe import Claim, EvalContext, Findings
 
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "position": {},
-    "identical": {"data__identical": True},
-    "even": {"data__task": "even"},
+    "identical": {"data__identical": True, "steps": 200},
+    "even": {"data__task": "even", "steps": 1200, "optim__learning_rate": 3e-3},
 }
 
 
@@ -26,7 +25,7 @@ def accuracies(lab: Lab) -> Findings:
     found: dict[str, dict[str, float]] = {}
     for task, fields in TASKS.items():
         found[task] = {}
-        for position in POSITIONS:
+        for position in ("urpe", "rpe", *(["none"] if task == "position" else [])):
             recipe = lab.recipe(model__position=position, **fields)
             state = lab.fit(dataclasses.replace(recipe, evaluators=()))
             (evaluator,), mesh = recipe.evaluators, make_mesh()
