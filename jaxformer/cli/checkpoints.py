@@ -88,11 +88,22 @@ def sample(options: argparse.Namespace, _: Any) -> None:
         raise ConfigError(f"sample: {subject.name} is no language model; it cannot generate")
     prompts = options.prompt or [run_prompt(options.workdir)]
 
-    def show(row: int, token: int) -> None:
-        print(subject.task.decode([token]), end="", flush=True)  # type: ignore[attr-defined]
+    if options.stream and len(prompts) > 1:
+        raise ConfigError(f"stream: shows one text as it grows, got {len(prompts)} prompts")
+    read: list[int] = []
+    shown = ""
 
-    stream = options.stream and len(prompts) == 1
-    if stream:
+    def show(row: int, token: int) -> None:
+        # All tokens are decoded anew: what one stands for depends on those before it, and a
+        # character may need several.
+        nonlocal shown
+        read.append(token)
+        text = subject.task.decode(read)  # type: ignore[attr-defined]
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    if options.stream:
         print(prompts[0], end="")
     texts = generate(
         subject.task,
@@ -104,10 +115,10 @@ def sample(options: argparse.Namespace, _: Any) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
         key=jax.random.key(options.seed),
-        on_token=show if stream else None,
+        on_token=show if options.stream else None,
     )
-    if stream:
-        print()
+    if options.stream:
+        print(texts[0][len(shown) :])
         return
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text)

@@ -57,6 +57,35 @@ def test_prepared_dataset_is_a_source_of_shuffled_batches(prepared):
         np.testing.assert_array_equal(data.batch(step)["label"], again.batch(step)["label"])
 
 
+def test_a_classifier_is_measured_on_it(prepared, one_device):
+    """`ImageAccuracy` on a split, scaled to the size of the model, against single predictions."""
+    import jax
+    from PIL import Image, ImageOps
+
+    import jaxformer
+    from jaxformer.evaluation.exams import ImageAccuracy, Subject
+    from jaxformer.models.transformer import Transformer
+    from jaxformer.models.vit import vit
+    from jaxformer.tasks.classify import ClassifyTask
+
+    trunk = Transformer(width=8, depth=1, heads=2)
+    task = ClassifyTask(vit(trunk, image_size=8, patch=4, classes=3))
+    row = {"image": np.zeros((1, 8, 8, 1), np.float32), "label": np.zeros(1, np.int32)}
+    params, extra = task.init(jax.random.key(0), row)
+    zero = jax.numpy.zeros((), jax.numpy.int32)
+    state = jaxformer.TrainState(zero, params, extra, {}, jax.random.key(0))
+    subject = Subject("vit", 0, task, state, one_device, row)
+    found = subject.take(ImageAccuracy(f"{prepared}:train"))
+    right = []
+    for example in map(PreparedDataset(prepared, "train").__getitem__, range(10)):
+        picture = Image.fromarray(example["image"][..., 0])
+        picture = ImageOps.fit(picture, (8, 8), Image.Resampling.BILINEAR)
+        image = np.asarray(picture, np.float32)[None, ..., None] / 255
+        logits = task.predict(params, extra, {"image": image}, key=jax.random.key(0))
+        right.append(int(logits.argmax()) == example["label"])
+    assert found["images/accuracy"] == pytest.approx(np.mean(right))
+
+
 def test_reading_does_not_import_tensorflow(prepared):
     """In a process of its own: other tests may import it where it is installed."""
     code = f"""

@@ -226,6 +226,8 @@ def test_a_folder_becomes_a_run_that_trains_and_goes_back(folder, tmp_path, caps
     streamed = capsys.readouterr().out
     assert main([*sample, "5", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == streamed
+    assert main([*sample, "5", "--prompt", "b", "--stream"]) == 2
+    assert "shows one text as it grows, got 2 prompts" in capsys.readouterr().err
 
 
 def test_exports_and_conversions_of_a_run(run, text, tmp_path):
