@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 
 from jaxformer.errors import ConfigError
 
-DEFAULT = "flowformer:small"  # what verbs run when no config is named
 PACKAGE = Path(__file__).parent
 CONFIG = ("PRESETS", "get_config")  # what a config file defines
 

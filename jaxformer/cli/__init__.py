@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 from jaxformer import launchers
 from jaxformer.cli import checkpoints, papers, runs
-from jaxformer.config import DEFAULT
 from jaxformer.errors import STOPPED, ConfigError
+
+DEFAULT = "flowformer:small"  # what verbs run when no config is named
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +50,8 @@ def _unfinished(error: Exception) -> int:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, CheckpointFailed):
         leave(_fail(error, 1))  # a normal exit says again what is left of the write
+    if full:
+        error = RuntimeError(f"the disk is full ({error}); free some space, then run again")
     if full or isinstance(error, NonFiniteError | CheckpointDamaged):
         return _alone(_fail(error, 1))
     if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():

@@ -176,6 +176,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         TensorFileError: missing, larger than a page can be, or not a JSON object.
     """
+    path = Path(path)
     try:
         if path.stat().st_size > PAGE_BYTES:
             raise TensorFileError(f"{path}: {path.stat().st_size} bytes are too many for a page")

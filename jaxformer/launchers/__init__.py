@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxformer.config import load_config, load_mesh
 from jaxformer.errors import ConfigError
 
 # {argument: (default, help)}; all are fields of `jobs.Job`
@@ -46,6 +45,8 @@ def launch(options: argparse.Namespace, overrides: Mapping[str, str]) -> None:
     Raises:
         ConfigError: the config, its mesh and the topology do not fit, or the scheduler refuses.
     """
+    from jaxformer.config import load_config, load_mesh
+
     sizes, of_mesh = load_mesh(options.mesh)
     config = load_config(options.config, {**sizes, **overrides})  # mistakes show here, not there
     chosen = options.topology or of_mesh
