@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,16 @@ class Trace:
         wanted = self._steps[0] <= number <= self._steps[1]
         if wanted != self._open:
             jax.block_until_ready(state)  # no step before or after it is in the trace
-            self._start() if wanted else self.close()
+            self._start(number) if wanted else self.close()
         if not wanted:
             return contextlib.nullcontext()
         return jax.profiler.StepTraceAnnotation("step", step_num=number)
 
-    def _start(self) -> None:
-        jax.profiler.start_trace(self.folder)
+    def _start(self, number: int) -> None:
+        options = jax.profiler.ProfileOptions()
+        # By default the name is the second, in which a trace of the next phase may begin too.
+        options.session_id = f"{time.strftime('%Y_%m_%d_%H_%M_%S')}_step_{number}"
+        jax.profiler.start_trace(self.folder, profiler_options=options)
         self._open = True
 
     def close(self) -> None:
