@@ -91,14 +91,18 @@ def import_authors(
         ConfigError: the paper has no such mapping, or the weights are not of this config.
     """
     module = f"jaxformer.papers.{paper_module(paper).__name__.rpartition('.')[2]}.authors"
-    if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"import: {paper} has no mapping of its authors' weights")
+    found = importlib.util.find_spec(module)
+    mapping = getattr(importlib.import_module(module), "read", None) if found else None
+    if mapping is None:
+        raise ConfigError(
+            f"import: {paper} has no mapping of its authors' weights to a whole model"
+        )
     names = {name.replace("__", "."): value for name, value in fields.items()}
     chosen = load_config(config or paper, names)
     weights = Used(open_tensors(file))
 
     def read(abstract: TrainState) -> tuple[Any, Any]:
-        params = importlib.import_module(module).read(chosen, weights)
+        params = mapping(chosen, weights)
         ours, wanted = paths.leaves(params), paths.leaves(abstract.params)
         wrong = sorted(set(ours) ^ set(wanted)) or [
             name for name, x in ours.items() if x.shape != wanted[name].shape

@@ -53,6 +53,12 @@ def test_weights_of_another_size_are_named(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_paper_without_a_whole_mapping_is_named(tmp_path):
+    path, _, _ = pfn_file(tmp_path, ".npz")
+    with pytest.raises(ConfigError, match="urpe has no mapping of its authors' weights"):
+        import_authors("urpe", path, tmp_path / "run")
+
+
 def test_weights_of_another_paper_are_named(tmp_path):
     path, _, _ = pfn_file(tmp_path, ".npz")
     with pytest.raises(ConfigError, match=r"tensor 'transformer\.wte\.weight' is missing"):
