@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -124,16 +124,11 @@ class Layout:
                 found[name] = place(array, wanted[name], dtype)
         return paths.refill(abstract, found)
 
-    def write(self, params: Params, names: Iterable[str] = ()) -> Iterator[tuple[str, np.ndarray]]:
-        """Their tensors of our parameters, one rule after another.
-
-        `names`, of the file that the parameters came from, decide whether the prefix is written.
-        """
+    def write(self, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+        """Their tensors of our parameters, with the prefix, one rule after another."""
         ours = paths.leaves(params)
         self._check_rules(ours)
-        names = tuple(names)
         for rule in self.rules:
-            rule = self._named(rule, names) if names else rule
             arrays = rule.write([np.asarray(ours[name]) for name in rule.our_names])
             yield from zip(rule.their_names, arrays, strict=True)
 
