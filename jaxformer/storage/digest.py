@@ -35,8 +35,11 @@ def write(folder: epath.Path, process: int, processes: int) -> None:
     text = json.dumps({"files": mine, "sum": _own_sum(mine)}, indent=1)
     page = folder / f"digest.{process}-of-{processes}.json"
     beside = page.with_suffix(".partial")  # a kill here must not leave half a page
-    beside.write_text(text)
-    beside.rename(page)
+    try:
+        beside.write_text(text)
+        beside.rename(page)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def verify(folder: epath.Path, reader: int = 0, readers: int = 1) -> bool:

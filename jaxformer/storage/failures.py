@@ -16,8 +16,11 @@ class CheckpointFailed(RuntimeError):
     """A checkpoint could not be written; those before it are whole."""
 
 
-def explained(error: Exception, step: int, folder: Any, before: Sequence[int]) -> Exception:
-    """The error to raise for one of orbax's, raised while `step` was written to `folder`."""
+def explained(error: Exception, what: str, folder: Any, whole: Sequence[int]) -> Exception:
+    """The error to raise for one raised while `what` was written to `folder`.
+
+    `whole`: the steps whose checkpoints are there all the same, oldest first.
+    """
     if lost(error) or isinstance(error, CheckpointFailed):
         return error
     text = " ".join(str(error).split())
@@ -25,10 +28,10 @@ def explained(error: Exception, step: int, folder: Any, before: Sequence[int]) -
     signs = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "RESOURCE_EXHAUSTED")
     full = any(sign in text for sign in signs)
     why = "the disk is full" if full else f"{type(error).__name__}: {text[:200]}"
-    kept = f"the newest whole one is {before[-1]}" if before else "there is none before it"
+    kept = f"the newest whole one is {whole[-1]}" if whole else "there is none before it"
     remedy = "free some space" if full else "see to the cause"
     return CheckpointFailed(
-        f"checkpoint {step} could not be written to {folder}: {why}; {kept}; {remedy} and run "
+        f"{what} could not be written to {folder}: {why}; {kept}; {remedy} and run "
         "again to continue"
     )
 

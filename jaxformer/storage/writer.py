@@ -39,13 +39,18 @@ class Writer:
         """Wait for the last byte, then note the checksums."""
         try:
             self._manager.wait_until_finished()
-            digest.write(self._directory / str(step), jax.process_index(), jax.process_count())
         except Exception as error:
             raise self._failure(step, error) from error
+        try:
+            digest.write(self._directory / str(step), jax.process_index(), jax.process_count())
+        except Exception as error:  # the checkpoint is committed and whole without them
+            what = f"the checksums of checkpoint {step}"
+            whole = sorted(self._manager.all_steps())
+            raise explained(error, what, self._directory, whole) from error
 
     def _failure(self, step: int, error: Exception) -> Exception:
-        before = sorted(saved for saved in self._manager.all_steps() if saved != step)
-        return explained(error, step, self._directory, before)
+        whole = sorted(saved for saved in self._manager.all_steps() if saved != step)
+        return explained(error, f"checkpoint {step}", self._directory, whole)
 
     def check(self) -> None:
         """Raise what went wrong, if anything did by now."""

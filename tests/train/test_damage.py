@@ -1,6 +1,8 @@
 """Damaged checkpoints and full disks: never a wrong array, never a lost whole checkpoint."""
 
 import contextlib
+import errno
+import os
 import random
 import shutil
 import subprocess
@@ -8,6 +10,7 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from jaxformer.storage.digest import CheckpointDamaged
 from jaxformer.storage.failures import CheckpointFailed
@@ -119,7 +122,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(one_device, tm
         with pytest.raises(CheckpointFailed, match=r"the disk is full.*free some space") as failed:
             fit(r, workdir=disk / "run", mesh=one_device, options=OPTIONS)
         with Checkpoints(disk / "run") as checkpoints:
-            left = checkpoints.steps()
+            left = checkpoints.steps()  # with the one, if only its checksums found no room
             assert left and f"newest whole one is {left[-1]}" in str(failed.value)
             for step in left:
                 checkpoints.verify(step)
@@ -127,3 +130,24 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_saved(one_device, tm
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
         assert same(fit(r, workdir=disk / "run", mesh=one_device, options=OPTIONS), expected)
         assert same(restore(r, disk / "run", mesh=one_device), expected)
+
+
+def test_a_full_disk_at_the_checksums_leaves_a_whole_checkpoint(whole, tmp_path, monkeypatch):
+    state = whole[1]
+    kind = type(epath.Path())
+    rename = kind.rename
+
+    def full(path, target):
+        if path.name.startswith("digest."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(kind, "rename", full)
+    with pytest.raises(CheckpointFailed) as failed, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(20, state, {"phase": 0})
+        checkpoints.wait()
+    assert str(failed.value).startswith("the checksums of checkpoint 20 could not be written")
+    assert "the disk is full; the newest whole one is 20" in str(failed.value)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.newest() == 20
+        assert not list((tmp_path / "checkpoints" / "20").glob("digest.*"))
