@@ -71,7 +71,17 @@ def bench(options: argparse.Namespace, _: Any) -> None:
     elif options.what == "decode":
         from jaxformer.bench.decode import bench_decode as bench
     elif options.what == "loop":
-        from jaxformer.train.bench import bench_loop as bench
+        import jax
+
+        from jaxformer.parallel import multihost
+        from jaxformer.train.bench import bench_loop
+
+        multihost.start()
+        table = text_table(bench_loop())
+        if jax.process_index() == 0:
+            print(table)
+        multihost.finish()
+        return
     else:
         from jaxformer.train.bench import bench_checkpoint as bench
     print(text_table(bench()))
