@@ -10,6 +10,9 @@ import time
 import pytest
 
 from jaxformer.errors import ConfigError
+from jaxformer.evaluation.goodput import goodput
+from jaxformer.observe.goodput import FILE
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.parallel import multihost
 
 pytestmark = pytest.mark.slow
@@ -78,11 +81,11 @@ def test_another_number_of_processes_continues(whole, tmp_path):
     assert losses(tmp_path) == pytest.approx(whole, rel=1e-5)
 
 
-def peers(workdir, steps=400):
+def peers(workdir, *more, steps=400):
     """Two processes by hand, so that one of them can be hit."""
     port = 20_000 + os.getpid() % 20_000
     where = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    command = [*TRAIN, f"--workdir={workdir}", f"--config.steps={steps}"]
+    command = [*TRAIN, f"--workdir={workdir}", f"--config.steps={steps}", *more]
     return [start(command, **where, JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
@@ -122,6 +125,35 @@ def test_a_killed_process_ends_the_other_with_one_line(tmp_path):
     last = saved(tmp_path)[-1]
     code, text = run(tmp_path, 2, "--config.steps=400", f"--stop-after={last + 10}")
     assert code == 75 and f"continue at step {last}" in text, text
+
+
+def test_a_kill_is_continued_from_each_process_own_disk_and_accounted_for(tmp_path):
+    disk, workdir = tmp_path / "disk", tmp_path / "run"
+    local = [f"--config.fit.local_dir={disk}", "--config.fit.local_every=2"]
+    local += ["--config.fit.checkpoint_every=1000", "--config.steps=400"]
+    code, text = run(workdir, 2, *local, "--stop-after=4")
+    assert code == 75, text
+    both = peers(workdir, *local)
+    deadline = time.monotonic() + 120
+    while not all(list(disk.rglob(f"{i}-of-2/[1-9]?.npz")) for i in range(2)):
+        assert time.monotonic() < deadline and both[1].poll() is None
+        time.sleep(0.02)
+    both[1].kill()
+    code, text = finished(both[0])
+    assert code == 75, text
+    before = losses(workdir)
+    assert saved(workdir) == [4]
+    code, text = run(workdir, 2, *local, f"--stop-after={max(before) + 2}")
+    assert code == 75, text
+    (step,) = {int(x.split()[0]) for x in text.split("continue at step ")[1:]}
+    assert 10 <= step <= max(before)
+    after = losses(workdir)
+    assert {k: after[k] for k in before} == before  # also the steps taken again
+    account = goodput(workdir)
+    assert account.starts == 3 and account.lost["restarts"] > 0
+    assert account.lost.get("repeated steps", 0) > 0 or step == max(before)
+    rows = list(read_jsonl(workdir / FILE))
+    assert account.wall == pytest.approx(rows[-1]["time"] - rows[0]["start"], abs=1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 
 import pytest
@@ -90,3 +91,19 @@ def test_a_run_in_a_bucket_stops_continues_and_is_evaluated(store):
     ) as page:
         rows = [json.loads(line) for line in page.read().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    flip_a_bit(url, "run/checkpoints/12/")
+    code, said, errors = run(*TRAIN, "--config.steps=16")
+    assert code == 0 and "continue at step 8 of 16" in errors, errors
+    assert len([x for x in errors.splitlines() if "checkpoint 12 is damaged" in x]) == 1, errors
+
+
+def flip_a_bit(url, prefix):
+    """In the middle of the largest object below `prefix`."""
+    with urllib.request.urlopen(f"{url}/storage/v1/b/bucket/o?prefix={prefix}") as page:
+        largest = max(json.load(page)["items"], key=lambda item: int(item["size"]))["name"]
+    name = urllib.parse.quote(largest, safe="")
+    with urllib.request.urlopen(f"{url}/storage/v1/b/bucket/o/{name}?alt=media") as page:
+        data = bytearray(page.read())
+    data[len(data) // 2] ^= 1
+    where = f"{url}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
+    urllib.request.urlopen(urllib.request.Request(where, bytes(data))).close()
