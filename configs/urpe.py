@@ -33,7 +33,7 @@ def get_config(preset: str) -> ConfigDict:
         "ignore_first": False,  # as the authors' code scores positions
     }
     config.optim.update(learning_rate=2e-3, warmup_steps=100, schedule="linear", clip=0.0)
-    config.update({"steps": 400, "batch_size": 64})
+    config.update({"steps": 400, "batch_size": 32})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 8})
         config.model.update({"width": 32, "depth": 2, "heads": 2, "hidden": 64})

@@ -174,6 +174,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--workdir", help="default: runs/reproduce/<paper>-<seed>")
 
+    sub = verb(
+        "compare", papers.compare, "every attention in one model: quality and cost by length"
+    )
+    sub.add_argument("--mixers", default="softmax,linear", help="names with commas, or all")
+    sub.add_argument("--task", default="lm", help="lm, recall, listops or digits")
+    sub.add_argument("--lengths", default="512,1k,4k,16k", help="trained at the first")
+    sub.add_argument("--steps", type=int, default=300, help="0: time and memory alone")
+    sub.add_argument("--seeds", default="0")
+    sub.add_argument("--batch", type=int, default=8)
+    sub.add_argument("--width", type=int, default=64)
+    sub.add_argument("--depth", type=int, default=2)
+    sub.add_argument("--heads", type=int, default=4)
+    sub.add_argument("--out", default="results/compare", help="folder of the page and figures")
+
     sub = verb("bench", papers.bench, "measure this machine: ratios within one run")
     sub.add_argument("what", choices=("loop", "attention", "data", "checkpoint", "decode", "h200"))
     sub.add_argument("--out", help="h200: folder of the results (bench)")

@@ -52,6 +52,25 @@ def reproduce(options: argparse.Namespace, _: Any) -> int:
     return 1 if failed else 0
 
 
+def compare(options: argparse.Namespace, _: Any) -> None:
+    from jaxformer.tools.compare import Comparison, compare, offered
+
+    mixers = offered() if options.mixers == "all" else options.mixers.split(",")
+    sizes = {name: getattr(options, name) for name in ("steps", "batch", "width", "depth", "heads")}
+    lengths, seeds = _numbers("lengths", options.lengths), _numbers("seeds", options.seeds)
+    what = Comparison(tuple(mixers), options.task, lengths, seeds=seeds, **sizes)
+    print(compare(what, Path(options.out)))
+
+
+def _numbers(field: str, text: str) -> tuple[int, ...]:
+    """(512, 4096) of "512,4k"."""
+    try:
+        words = text.lower().split(",")
+        return tuple(1024 * int(w[:-1]) if w.endswith("k") else int(w) for w in words)
+    except ValueError:
+        raise ConfigError(f"{field}: {text!r} is no list of numbers such as 512,1k,4k") from None
+
+
 def bench(options: argparse.Namespace, _: Any) -> None:
     given = {"stage": options.stage, "minutes": options.minutes, "tiny": options.tiny}
     given = {name: value for name, value in given.items() if value}

@@ -129,11 +129,17 @@ class MaskedLM(nn.Module):
 
 
 def token_classifier(
-    trunk: Transformer, *, vocabulary: int, length: int, classes: int, mixer: Make | None = None
+    trunk: Transformer,
+    *,
+    vocabulary: int,
+    length: int,
+    classes: int,
+    mixer: Make | None = None,
+    scheme: Make | None = None,
 ) -> Classifier:
     """Sequences of tokens (B, L) to classes, mean-pooled."""
     embed = Make(Embed, vocabulary=vocabulary, width=trunk.width, dtype=trunk.compute_dtype)
-    return Classifier(_encoder(trunk, embed, length, mixer), classes)
+    return Classifier(_encoder(trunk, embed, length, mixer, scheme), classes)
 
 
 def feature_classifier(
@@ -145,12 +151,15 @@ def feature_classifier(
     return Classifier(_encoder(trunk, embed, length, mixer), classes)
 
 
-def _encoder(trunk: Transformer, embed: Make, length: int, mixer: Make | None) -> Make:
+def _encoder(
+    trunk: Transformer, embed: Make, length: int, mixer: Make | None, scheme: Make | None = None
+) -> Make:
     return Make(
         Encoder,
         embed=embed,
         stack=trunk.stack(mixer),
         position=trunk.stream_position(length),
+        scheme=scheme,
         norm=trunk.final_norm(),
         dropout=trunk.dropout,
     )

@@ -73,6 +73,7 @@ def decoder_lm(
     length: int,
     tied: bool = True,
     mixer: Make | None = None,
+    scheme: Make | None = None,
 ) -> DecoderLM:
     """A `DecoderLM`; `length` is that of the table of learned positions, if there is one."""
     return DecoderLM(
@@ -80,6 +81,7 @@ def decoder_lm(
         width=trunk.width,
         stack=trunk.stack(mixer),
         position=trunk.stream_position(length),
+        scheme=scheme,
         norm=trunk.final_norm(),
         head=None if tied else lm_head(vocabulary),
         dropout=trunk.dropout,

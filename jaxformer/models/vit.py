@@ -20,6 +20,7 @@ def vit(
     classes: int,
     pool: str = "token",
     mixer: Make | None = None,
+    scheme: Make | None = None,
 ) -> Classifier:
     """Square images (B, image_size, image_size, channels) to classes.
 
@@ -37,6 +38,7 @@ def vit(
         embed=Make(PatchEmbed, patch=patch, width=trunk.width, dtype=trunk.compute_dtype),
         stack=trunk.stack(mixer),
         position=trunk.stream_position((image_size // patch) ** 2 + class_tokens),
+        scheme=scheme,
         norm=trunk.final_norm(),
         class_tokens=class_tokens,
         dropout=trunk.dropout,

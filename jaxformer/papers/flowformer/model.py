@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.kernels.linear_attention import causal_sum, key_value_state, linear_attention
+from jaxformer.models.transformer import Transformer
+from jaxformer.models.variant import Variant
 from jaxformer.nn.cache import require_cache
 from jaxformer.nn.linear_attention import LinearMixer
+from jaxformer.nn.make import Make
 
 EPSILON = 1e-6
 
@@ -184,3 +187,9 @@ class FlowAttention(LinearMixer):
 
 def _feature(x: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(x.astype(jnp.float32))
+
+
+def variant(trunk: Transformer, length: int) -> Variant:
+    """Flow attention without a clamp in any plain model, as the equations of the paper have it."""
+    del length
+    return Variant(Make(FlowAttention, heads=trunk.heads, clamp=None))

@@ -15,7 +15,7 @@ from jaxformer.recipe import Claim, EvalContext, Findings
 
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "position": {},
-    "identical": {"data__identical": True, "steps": 200},
+    "identical": {"data__identical": True, "steps": 300},
     "even": {"data__task": "even", "steps": 1200, "optim__learning_rate": 3e-3},
 }
 

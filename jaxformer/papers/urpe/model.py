@@ -17,6 +17,7 @@ from flax import linen as nn
 from jaxformer.errors import ConfigError
 from jaxformer.models.encoder import Classifier, Encoder
 from jaxformer.models.transformer import Transformer
+from jaxformer.models.variant import Variant
 from jaxformer.nn.attention import Attention
 from jaxformer.nn.embed import Embed
 from jaxformer.nn.heads import EveryPosition
@@ -168,3 +169,8 @@ def encoder(
 def tagger(encoder: Make, classes: int) -> Classifier:
     """A class for every position of a sequence."""
     return Classifier(encoder, classes, Make(EveryPosition))
+
+
+def variant(trunk: Transformer, length: int) -> Variant:
+    """B and C by bucket, which distances beyond those of training share, for any plain model."""
+    return Variant(scheme=Make(Tables, offsets=Buckets(length), heads=trunk.heads), position="none")
