@@ -187,22 +187,47 @@ class Attention(nn.Module):
             k_BxSxGxK, v_BxSxGxK = KVCache(name="kv_cache")(k_BxSxGxK, v_BxSxGxK, at_L)
             q_pos, k_pos = at_L, jnp.arange(k_BxSxGxK.shape[1], dtype=jnp.int32)
             mask = mask & KeyPadding(at_L[:, -1] + 1)
-        mods = position.mods if scheme is None else scheme.mods
         # Where positions are given, or a cache has been read, rows and columns do not tell them.
         q_at, k_at = (at_L, at_S) if positions is not None else (q_pos, k_pos)
-        y_BxLxHxK = self.core(name="core")(
+        y_BxLxHxK = self.attend(
             q_BxLxHxK,
             k_BxSxGxK,
             v_BxSxGxK,
             mask=mask if self.window == FULL else mask & self.window,
-            mods=mods(self.heads, At(x_BxLxD.shape[1], k_BxSxGxK.shape[1], q_at, k_at)),
+            scheme=position if scheme is None else scheme,
+            at=At(x_BxLxD.shape[1], k_BxSxGxK.shape[1], q_at, k_at),
+            q_pos=q_pos,
+            k_pos=k_pos,
+            train=train,
+        )
+        out_bias = self.use_bias if self.out_bias is None else self.out_bias
+        return Einsum("...HK,HKD->...D", (width,), out_bias, name="out")(y_BxLxHxK)
+
+    def attend(
+        self,
+        q_BxLxHxK: jax.Array,
+        k_BxSxGxK: jax.Array,
+        v_BxSxGxK: jax.Array,
+        *,
+        mask: Mask,
+        scheme: Scheme,
+        at: At,
+        q_pos: jax.Array | None = None,
+        k_pos: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """(B, L, H, K) of what was projected; `q_pos` and `k_pos` are what the mask goes by."""
+        return self.core(name="core")(
+            q_BxLxHxK,
+            k_BxSxGxK,
+            v_BxSxGxK,
+            mask=mask,
+            mods=scheme.mods(self.heads, at),
             scale=self.scale,
             q_pos=q_pos,
             k_pos=k_pos,
             dropout=self.dropout if train else 0.0,
         )
-        out_bias = self.use_bias if self.out_bias is None else self.out_bias
-        return Einsum("...HK,HKD->...D", (width,), out_bias, name="out")(y_BxLxHxK)
 
 
 def head_sizes(
