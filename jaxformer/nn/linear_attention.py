@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.kernels.attention.array_masks import KeyPadding
-from jaxformer.kernels.attention.masks import And, Causal, Full, Mask
+from jaxformer.kernels.attention.masks import Mask
 from jaxformer.kernels.linear_attention import causal_sum, key_value_state, linear_attention
 from jaxformer.nn.attention import head_sizes
 from jaxformer.nn.cache import DecodeUnsupported, require_cache
 from jaxformer.nn.einsum import Einsum
-from jaxformer.recipe import ConfigError
+from jaxformer.nn.order import order_and_padding
 
 
 class LinearMixer(nn.Module):
@@ -58,14 +57,9 @@ class LinearMixer(nn.Module):
         del positions, train
         width = x_BxLxD.shape[-1]
         _, head_size = head_sizes(width, self.heads)
-        causal, valid_BxS = self._read_mask(mask)
+        causal, valid_BxS = order_and_padding(self, mask)
         if decode and (not causal or kv_BxSxD is not None):
             raise DecodeUnsupported(self)
-        if causal and valid_BxS is not None:
-            raise ConfigError(
-                f"mask: causal {type(self).__name__} takes no padding; put it at the end of a "
-                "sequence, where nothing before it sees it"
-            )
 
         def project(x: jax.Array, name: str) -> jax.Array:
             return Einsum("...D,DHK->...HK", (self.heads, head_size), self.use_bias, name=name)(x)
@@ -80,21 +74,6 @@ class LinearMixer(nn.Module):
             y = self.bidirectional(q, k, v, valid_BxL=valid_BxL, valid_BxS=valid_BxS)
         out = Einsum("...HK,HKD->...D", (width,), self.use_bias, name="out")
         return out(y.astype(x_BxLxD.dtype))
-
-    def _read_mask(self, mask: Mask) -> tuple[bool, jax.Array | None]:
-        """(causal, valid sources (B, S) or None)."""
-        if isinstance(mask, And):
-            (a, b), (c, d) = self._read_mask(mask.a), self._read_mask(mask.b)
-            valid = [x for x in (b, d) if x is not None]
-            return a or c, valid[0] & valid[-1] if valid else None
-        if isinstance(mask, KeyPadding) and mask.valid.ndim == 2:
-            return False, mask.valid
-        if mask in (Full(), Causal()):
-            return mask == Causal(), None
-        raise ConfigError(
-            f"mask: {type(self).__name__} has no pairwise scores and cannot follow "
-            f"{type(mask).__name__}; allowed: Full, Causal, KeyPadding of booleans (B, S)"
-        )
 
 
 class LinearAttention(LinearMixer):

@@ -1,0 +1,3 @@
+"""Combiner: full attention at sparse cost, by structured factors (NeurIPS 2021, 2107.05768)."""
+
+from jaxformer.papers.combiner.recipe import build as build
