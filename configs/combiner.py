@@ -11,7 +11,7 @@ def get_config(preset: str) -> ConfigDict:
     """Digits as sequences of pixels; `repeat`, a lookup far back; `text`; Wiki-40B for `paper`."""
     config = base("combiner")
     config.model = {
-        "pattern": "fixed",  # fixed | logsparse | axial | mixture; softmax | window
+        "pattern": "fixed",  # fixed | logsparse | axial | mixture; local | softmax | window
         "segment": 8,  # columns of the grid; what `window` sees
         "vocabulary": 18,
         "width": 64,

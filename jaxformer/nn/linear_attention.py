@@ -79,16 +79,25 @@ class LinearMixer(nn.Module):
 class LinearAttention(LinearMixer):
     """phi(q) . sum_j phi(k_j) v_j / phi(q) . sum_j phi(k_j), phi = elu + 1.
 
-    Katharopoulos et al. 2020, arXiv 2006.16236, equations 4 to 7 and 16 to 20.
+    Katharopoulos et al. 2020, arXiv 2006.16236, equations 4 to 7 and 16 to 20. A subclass may have
+    other features and another denominator.
     """
 
+    def feature(self, x: jax.Array) -> jax.Array:
+        """In the type of x, which is that of the products; sums are float32."""
+        return (jax.nn.elu(x.astype(jnp.float32)) + 1).astype(x.dtype)
+
+    def normalised(self, y: jax.Array, raw_BxLxHx1: jax.Array) -> jax.Array:
+        """Outputs from the sums y and raw, phi(q) . sum_j phi(k_j), both float32."""
+        return y / (raw_BxLxHx1 + 1e-6)
+
     def causal(self, q: jax.Array, k: jax.Array, v: jax.Array, *, decode: bool) -> jax.Array:
-        q, k = _feature(q), _feature(k)
+        q, k = self.feature(q), self.feature(k)
         y, total = linear_attention(q, k, v, causal=True), causal_sum(k)
         if decode:
             before_k, before_kv = self._read_on(k, v)
             y, total = y + jnp.einsum("BLHK,BHKN->BLHN", q, before_kv), total + before_k
-        return _normalise(y, q, total)
+        return self.normalised(y, _dot(q, total))
 
     def bidirectional(
         self,
@@ -99,9 +108,9 @@ class LinearAttention(LinearMixer):
         valid_BxL: jax.Array | None,
         valid_BxS: jax.Array | None,
     ) -> jax.Array:
-        q, k = _feature(q), _feature(k)
+        q, k = self.feature(q), self.feature(k)
         k = k if valid_BxS is None else k * valid_BxS[..., None, None]
-        return _normalise(linear_attention(q, k, v, causal=False), q, _sum(k))
+        return self.normalised(linear_attention(q, k, v, causal=False), _dot(q, _sum(k)))
 
     def _read_on(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The sums over all positions before these, which are added to them."""
@@ -116,14 +125,9 @@ class LinearAttention(LinearMixer):
         return before
 
 
-def _feature(x: jax.Array) -> jax.Array:
-    """In the type of x, which is that of the products; sums are float32."""
-    return (jax.nn.elu(x.astype(jnp.float32)) + 1).astype(x.dtype)
-
-
 def _sum(k_BxSxHxK: jax.Array) -> jax.Array:
     return k_BxSxHxK.sum(1, keepdims=True, dtype=jnp.float32)
 
 
-def _normalise(y: jax.Array, q: jax.Array, total: jax.Array) -> jax.Array:
-    return y / ((q * total).sum(-1, keepdims=True) + 1e-6)
+def _dot(q: jax.Array, total: jax.Array) -> jax.Array:
+    return (q * total).sum(-1, keepdims=True)

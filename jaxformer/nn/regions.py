@@ -1,4 +1,4 @@
-"""Attention in parts: over rows and columns of a grid and over summaries of regions, in one softmax.
+"""Attention in parts, of rows, columns and summaries of regions of a grid, in one softmax.
 
 Axes: B batch, R rows, C columns, H heads, K head size, V value size. A sequence of L is a grid of R
 rows of C columns, row after row. Parts that see different keys join as if their logits had stood in

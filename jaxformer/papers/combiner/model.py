@@ -126,6 +126,20 @@ class Fixed(Pattern):
         )
 
 
+class Local(Pattern):
+    """The own segment alone: Fixed without its regions, which it is compared with."""
+
+    segment: int = 8
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, *, causal: bool, train: bool, decode: bool) -> jax.Array:
+        self.needs(whole=not decode)
+        valid = None if causal else tokens.valid(self.segment)
+        call = dict(mask=UP_TO if causal else FULL, dropout=self.dropped(train))
+        near = along_rows(*tokens.grid(self.segment), valid_BxRxM=valid, **call)
+        return joined([near], tokens.length)
+
+
 class Logsparse(Pattern):
     """Combiner-Logsparse: position i, and a block of 2^l positions for every bit l that is 1 in i.
 

@@ -20,13 +20,26 @@ from jaxformer.models.lm import decoder_lm
 from jaxformer.models.transformer import Transformer, require
 from jaxformer.nn.attention import Attention
 from jaxformer.nn.make import Make
-from jaxformer.papers.combiner.model import Axial, CombinerAttention, Fixed, Logsparse, Mixture
+from jaxformer.papers.combiner.model import (
+    Axial,
+    CombinerAttention,
+    Fixed,
+    Local,
+    Logsparse,
+    Mixture,
+)
 from jaxformer.recipe import Data, Phase, Recipe
 from jaxformer.tasks.language import LanguageTask
 from jaxformer.train.updates import GradientUpdate
 
-PATTERNS = {"fixed": Fixed, "logsparse": Logsparse, "axial": Axial, "mixture": Mixture}
-PLAIN = ("softmax", "window")  # what the patterns are compared with
+PATTERNS = {
+    "fixed": Fixed,
+    "logsparse": Logsparse,
+    "axial": Axial,
+    "mixture": Mixture,
+    "local": Local,  # this and those below are what the patterns are compared with
+}
+PLAIN = ("softmax", "window")
 LEVELS = 18  # tokens of a digit: 17 grey levels and a start
 
 
@@ -64,7 +77,7 @@ def build(config: ConfigDict) -> Recipe:
 
 
 def mixer(model: ConfigDict) -> Make:
-    """The attention that `model.pattern` names; "window" sees the last `model.segment` positions."""
+    """The attention that `model.pattern` names; "window" sees `model.segment` positions back."""
     require("model.pattern", model.pattern, (*PATTERNS, *PLAIN))
     if model.pattern in PLAIN:
         window = Window(model.segment - 1, 0) if model.pattern == "window" else Full()

@@ -1,0 +1,1 @@
+"""L2ViT: windows and linear attention in turn, made to focus by convolutions (2501.16182)."""
