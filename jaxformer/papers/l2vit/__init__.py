@@ -1,1 +1,3 @@
 """L2ViT: windows and linear attention in turn, made to focus by convolutions (2501.16182)."""
+
+from jaxformer.papers.l2vit.recipe import build as build

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ml_collections import ConfigDict
+
 from jaxformer.interop.authors import (
     Tree,
     Weights,
@@ -11,6 +13,19 @@ from jaxformer.interop.authors import (
 )
 
 BATCH_STATS = ("mean", "var")
+
+
+def read(config: ConfigDict, weights: Weights) -> Tree:
+    """The parameters of `L2ViT` as the model of a config."""
+    for name in weights:
+        if name.endswith(".num_batches_tracked"):
+            weights[name]  # known, and of no use: the running statistics are means already
+    return model(weights, config.model.depths, config.model.heads)[0]
+
+
+def read_extra(config: ConfigDict, weights: Weights) -> Tree:
+    """Its running statistics."""
+    return {"batch_stats": model(weights, config.model.depths, config.model.heads)[1]}
 
 
 def depthwise(weights: Weights, name: str) -> Tree:
