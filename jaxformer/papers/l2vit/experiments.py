@@ -54,25 +54,23 @@ def accuracy(lab: Lab) -> Findings:
 def attention_entropy(recipe: Recipe, state: TrainState) -> float | str:
     """Mean entropy of the rows of linear attention over log N, on unseen images; 1 is no focus."""
     image = jnp.asarray(recipe.evaluators[0].data.batch(0)["image"][:16])
-    found: list[float] = []
+    layers: list[tuple[nn.Module, Any, jax.Array]] = []
 
     def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
         if isinstance(module, ClampedLinearAttention) and context.method_name == "__call__":
-            alone = module.clone(parent=None, name=None)
-            with nn.intercept_methods(plain):
-                weights = implied_weights(alone, module.variables, args[0], mask=Full())
-            p = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-9)
-            entropy = -(p * jnp.log(jnp.maximum(p, 1e-9))).sum(-1) / jnp.log(p.shape[-1])
-            found.append(float(entropy.mean()))
+            layers.append((module.clone(parent=None, name=None), module.variables, args[0]))
         return call(*args, **kwargs)
 
-    def plain(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        return call(*args, **kwargs)
-
-    variables = {"params": state.params, "batch_stats": state.extra["batch_stats"]}
+    variables = {"params": state.params, "batch_stats": state.extra.get("batch_stats", {})}
     with nn.intercept_methods(watch):
         recipe.task.model.apply(variables, image)
+    found = []
+    for layer, its_own, x in layers:
+        weights = implied_weights(layer, its_own, x, mask=Full())
+        p = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-9)
+        entropy = -(p * jnp.log(jnp.maximum(p, 1e-9))).sum(-1) / jnp.log(p.shape[-1])
+        found.append(float(entropy.mean()))
     return sum(found) / len(found) if found else ""
 
 
@@ -84,8 +82,7 @@ def cost(lab: Lab) -> Findings:
         names = ("widths", "depths", "heads", "window", "classes")
         model = l2vit(image_size=(side, side), **{name: fields[name] for name in names})
         image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-        key = jax.random.key(0)
-        variables = jax.eval_shape(lambda x, model=model: model.init(key, x), image)
+        variables = jax.eval_shape(lambda x, model=model: model.init(jax.random.key(0), x), image)
         work.append(count(model.apply, variables, image) / 2e9)
     rows = [{"side": side, "GMAC": x} for side, x in zip(SIDES, work, strict=True)]
     return Findings({"work_of_four_times_the_pixels": work[1] / work[0]}, {"Work": rows})
