@@ -20,8 +20,10 @@ from jaxformer.papers.l2vit.model import ClampedLinearAttention, LocalConcentrat
 from jaxformer.papers.l2vit.recipe import classifier
 from jaxformer.recipe import ConfigError
 from jaxformer.tasks import linen
+from jaxformer.tools.convert import import_authors
 from jaxformer.train.optim import decays
 from jaxformer.train.states import on_device
+from tests.golden_case import DIRECTORY, Case
 
 KEY = jax.random.key(0)
 H, D, L = 4, 16, 18
@@ -204,6 +206,24 @@ def test_temperatures_are_decayed_and_norms_are_not():
     assert decays(variables["params"])["temperature"]
     local = LocalConcentration((3, 6)).init(KEY, jnp.ones((1, L, D)))["params"]
     assert decays(local)["norm"] == {"scale": False, "bias": False}
+
+
+def test_the_authors_weights_become_a_run(tmp_path):
+    """Running statistics too; a trained file counts its batches, which nothing here reads."""
+    case = Case(DIRECTORY / "l2vit__full.npz")
+    c, weights = case.config, case.part("param")
+    counted = {"stages.0.1.local_mp.bn.num_batches_tracked": np.array(7)}
+    np.savez(tmp_path / "weights.npz", **weights, **counted)
+    fields = {"widths": "dims", "depths": "depths", "heads": "num_heads", "classes": "num_classes"}
+    fields = {f"model__{ours}": c[theirs] for ours, theirs in fields.items()}
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    fields["model__mlp_ratio"] = c["mlp_ratio"][0]
+    workdir = import_authors("l2vit", tmp_path / "weights.npz", tmp_path / "run", **fields)
+    state = jaxformer.restore(jaxformer.load("l2vit:small", **fields), workdir)
+    found = state.extra["batch_stats"]["encoder"]["stage_0"]["block_1"]["local"]["norm"]["var"]
+    np.testing.assert_array_equal(found, weights["stages.0.1.local_mp.bn.running_var"])
+    head = state.params["head"]["kernel"]
+    np.testing.assert_array_equal(head, weights["head.weight"].T)
 
 
 def test_cues_are_what_they_say():

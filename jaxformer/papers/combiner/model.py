@@ -186,8 +186,7 @@ class Axial(Pattern):
     def __call__(self, tokens: Tokens, *, causal: bool, train: bool, decode: bool) -> jax.Array:
         self.needs(causal=causal, whole=not decode)
         q, k, v = tokens.grid(self.segment)
-        valid = tokens.valid(self.segment)
-        r = along_rows(q, k, v, valid_BxRxM=valid).o_BxRxCxHxV
+        r = along_rows(q, k, v).o_BxRxCxHxV  # that of a last row not filled is seen by nobody
         summary = SummaryKey(self.dropout, name="summary")
         k_row = summary(r, as_grid(tokens.x_BxLxD, self.segment), train=train)
         near = along_rows(q, k, v, mask=UP_TO, dropout=self.dropped(train))
@@ -210,10 +209,10 @@ class Mixture(Pattern):
         q, k, v = tokens.grid(self.segment)
         valid = None if causal else tokens.valid(self.segment)
         row, column = (UP_TO, BEFORE) if causal else (FULL, OTHERS)
-        drop = self.dropped(train)
+        drop_row, drop_column = self.dropped(train), self.dropped(train)
         parts = [
-            along_rows(q, k, v, mask=row, valid_BxRxM=valid, dropout=drop),
-            along_columns(q, k, v, mask=column, valid_BxMxC=valid, dropout=drop),
+            along_rows(q, k, v, mask=row, valid_BxRxM=valid, dropout=drop_row),
+            along_columns(q, k, v, mask=column, valid_BxMxC=valid, dropout=drop_column),
         ]
         # A summary ends where the query's row or column begins: the one up to t is for t + 1.
         rest, most = slice(1, None), slice(-1)
