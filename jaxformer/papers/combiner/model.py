@@ -8,6 +8,7 @@ which does not know i. Every pattern is a partition of the support into such reg
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from flax import linen as nn
 
 from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Causal, KeyPadding, Mask, Window, attention
+from jaxformer.models.transformer import Transformer
+from jaxformer.models.variant import Variant
 from jaxformer.nn.attention import head_sizes
 from jaxformer.nn.cache import DecodeUnsupported
 from jaxformer.nn.dropout import Dropout
@@ -274,3 +277,9 @@ class CombinerAttention(nn.Module):
         pattern = self.pattern(name="pattern")
         y_BxLxHxK = pattern(tokens, causal=causal, train=train, decode=decode)
         return Einsum("...HK,HKD->...D", (width,), self.use_bias, name="out")(y_BxLxHxK)
+
+
+def variant(trunk: Transformer, length: int) -> Variant:
+    """Combiner-Fixed in any plain model, with segments of sqrt(length) positions."""
+    pattern = Make(Fixed, segment=math.isqrt(length), dropout=trunk.dropout)
+    return Variant(Make(CombinerAttention, heads=trunk.heads, pattern=pattern))

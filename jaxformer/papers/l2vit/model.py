@@ -14,6 +14,8 @@ from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Full, Mask
 from jaxformer.models.encoder import Classifier
 from jaxformer.models.hierarchical import Hierarchy
+from jaxformer.models.transformer import Transformer
+from jaxformer.models.variant import Variant
 from jaxformer.nn.activation import GELU
 from jaxformer.nn.attention import Attention
 from jaxformer.nn.batch_norm import BatchNorm, ConvStem
@@ -184,3 +186,9 @@ def l2vit(
     embed = Make(ConvStem, width=widths[0], dtype=jnp.dtype(dtype))
     parts = {"stages": tuple(stages), "merges": tuple(merges)}
     return Classifier(Make(Hierarchy, embed=embed, embed_norm=Make(LayerNorm), **parts), classes)
+
+
+def variant(trunk: Transformer, length: int) -> Variant:
+    """Its linear attention, clamp and all, in any plain model; concentration is for maps."""
+    del length
+    return Variant(Make(ClampedLinearAttention, heads=trunk.heads))
