@@ -46,7 +46,7 @@ def get_config(preset: str) -> ConfigDict:
         config.evaluate.batches = 4
     elif preset == "repeat":
         # A window of 8 in two layers sees 14 positions back; what is asked for is 31 back at least.
-        config.update({"steps": 500, "batch_size": 8})
+        config.update({"steps": 600, "batch_size": 8})
         config.model.update({"vocabulary": 8, "heads": 8})
         config.data.update({"task": "repeat", "length": 512, "period": 32})
     elif preset == "text":
