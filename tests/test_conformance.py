@@ -166,6 +166,8 @@ def test_micro_batches(slug):
     whole, parts = recipe_of(slug), recipe_of(slug, gradient__accumulate=4)
     if whole.phases[0].data is None:
         pytest.skip("the loss reads no batch")
+    if "batch_stats" in abstract_states(whole, one_device())[0].extra:
+        pytest.skip("normalised over the batch, which is then a part")
     assert_same(*(first_steps(r, one_device()) for r in (parts, whole)), tolerance=2e-5)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxformer.data.base import Example
 from jaxformer.recipe import ConfigError
 
-__all__ = ["Normalize", "RandomCrop", "RandomFlip"]
+__all__ = ["Enlarge", "Normalize", "RandomCrop", "RandomFlip"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +57,19 @@ class Normalize:
         del rng
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return {**example, "image": (example["image"].astype(np.float32) - mean) / std}
+
+
+@dataclasses.dataclass(frozen=True)
+class Enlarge:
+    """Repeat the pixels of a square image up to sides of `size`, a multiple of its own."""
+
+    size: int
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        del rng
+        times, rest = divmod(self.size, len(example["image"]))
+        if rest:
+            raise ConfigError(
+                f"data.image_size={self.size}: must be a multiple of {len(example['image'])}"
+            )
+        return {**example, "image": example["image"].repeat(times, 0).repeat(times, 1)}

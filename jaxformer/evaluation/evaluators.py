@@ -32,6 +32,11 @@ def perplexity(values: Mapping[str, float]) -> float:
     return math.exp(min(values["loss"], 700.0))
 
 
+def bits(values: Mapping[str, float]) -> float:
+    """The mean cross-entropy in bits: of pixels, bits per dimension."""
+    return values["loss"] / math.log(2)
+
+
 @dataclasses.dataclass(frozen=True)
 class MeanEvaluator:
     """The task's own metrics, exact over `batches` batches of `data` (all of a finite one).

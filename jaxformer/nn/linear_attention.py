@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.kernels.attention.array_masks import KeyPadding
-from jaxformer.kernels.attention.masks import And, Causal, Full, Mask
+from jaxformer.kernels.attention.masks import Mask
 from jaxformer.kernels.linear_attention import causal_sum, key_value_state, linear_attention
 from jaxformer.nn.attention import head_sizes
 from jaxformer.nn.cache import DecodeUnsupported, require_cache
 from jaxformer.nn.einsum import Einsum
-from jaxformer.recipe import ConfigError
+from jaxformer.nn.order import order_and_padding
 
 
 class LinearMixer(nn.Module):
@@ -58,14 +57,9 @@ class LinearMixer(nn.Module):
         del positions, train
         width = x_BxLxD.shape[-1]
         _, head_size = head_sizes(width, self.heads)
-        causal, valid_BxS = self._read_mask(mask)
+        causal, valid_BxS = order_and_padding(self, mask)
         if decode and (not causal or kv_BxSxD is not None):
             raise DecodeUnsupported(self)
-        if causal and valid_BxS is not None:
-            raise ConfigError(
-                f"mask: causal {type(self).__name__} takes no padding; put it at the end of a "
-                "sequence, where nothing before it sees it"
-            )
 
         def project(x: jax.Array, name: str) -> jax.Array:
             return Einsum("...D,DHK->...HK", (self.heads, head_size), self.use_bias, name=name)(x)
@@ -81,35 +75,29 @@ class LinearMixer(nn.Module):
         out = Einsum("...HK,HKD->...D", (width,), self.use_bias, name="out")
         return out(y.astype(x_BxLxD.dtype))
 
-    def _read_mask(self, mask: Mask) -> tuple[bool, jax.Array | None]:
-        """(causal, valid sources (B, S) or None)."""
-        if isinstance(mask, And):
-            (a, b), (c, d) = self._read_mask(mask.a), self._read_mask(mask.b)
-            valid = [x for x in (b, d) if x is not None]
-            return a or c, valid[0] & valid[-1] if valid else None
-        if isinstance(mask, KeyPadding) and mask.valid.ndim == 2:
-            return False, mask.valid
-        if mask in (Full(), Causal()):
-            return mask == Causal(), None
-        raise ConfigError(
-            f"mask: {type(self).__name__} has no pairwise scores and cannot follow "
-            f"{type(mask).__name__}; allowed: Full, Causal, KeyPadding of booleans (B, S)"
-        )
-
 
 class LinearAttention(LinearMixer):
     """phi(q) . sum_j phi(k_j) v_j / phi(q) . sum_j phi(k_j), phi = elu + 1.
 
-    Katharopoulos et al. 2020, arXiv 2006.16236, equations 4 to 7 and 16 to 20.
+    Katharopoulos et al. 2020, arXiv 2006.16236, equations 4 to 7 and 16 to 20. A subclass may have
+    other features and another denominator.
     """
 
+    def feature(self, x: jax.Array) -> jax.Array:
+        """In the type of x, which is that of the products; sums are float32."""
+        return (jax.nn.elu(x.astype(jnp.float32)) + 1).astype(x.dtype)
+
+    def normalised(self, y: jax.Array, raw_BxLxHx1: jax.Array) -> jax.Array:
+        """Outputs from the sums y and raw, phi(q) . sum_j phi(k_j), both float32."""
+        return y / (raw_BxLxHx1 + 1e-6)
+
     def causal(self, q: jax.Array, k: jax.Array, v: jax.Array, *, decode: bool) -> jax.Array:
-        q, k = _feature(q), _feature(k)
+        q, k = self.feature(q), self.feature(k)
         y, total = linear_attention(q, k, v, causal=True), causal_sum(k)
         if decode:
             before_k, before_kv = self._read_on(k, v)
             y, total = y + jnp.einsum("BLHK,BHKN->BLHN", q, before_kv), total + before_k
-        return _normalise(y, q, total)
+        return self.normalised(y, _dot(q, total))
 
     def bidirectional(
         self,
@@ -120,9 +108,9 @@ class LinearAttention(LinearMixer):
         valid_BxL: jax.Array | None,
         valid_BxS: jax.Array | None,
     ) -> jax.Array:
-        q, k = _feature(q), _feature(k)
+        q, k = self.feature(q), self.feature(k)
         k = k if valid_BxS is None else k * valid_BxS[..., None, None]
-        return _normalise(linear_attention(q, k, v, causal=False), q, _sum(k))
+        return self.normalised(linear_attention(q, k, v, causal=False), _dot(q, _sum(k)))
 
     def _read_on(self, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The sums over all positions before these, which are added to them."""
@@ -137,14 +125,9 @@ class LinearAttention(LinearMixer):
         return before
 
 
-def _feature(x: jax.Array) -> jax.Array:
-    """In the type of x, which is that of the products; sums are float32."""
-    return (jax.nn.elu(x.astype(jnp.float32)) + 1).astype(x.dtype)
-
-
 def _sum(k_BxSxHxK: jax.Array) -> jax.Array:
     return k_BxSxHxK.sum(1, keepdims=True, dtype=jnp.float32)
 
 
-def _normalise(y: jax.Array, q: jax.Array, total: jax.Array) -> jax.Array:
-    return y / ((q * total).sum(-1, keepdims=True) + 1e-6)
+def _dot(q: jax.Array, total: jax.Array) -> jax.Array:
+    return (q * total).sum(-1, keepdims=True)

@@ -29,7 +29,8 @@ class PatchEmbed(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, image: jax.Array) -> jax.Array:
+    def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
+        del train
         patches = split_patches(image, self.patch)
         project = Einsum("...PQC,PQCD->...D", (self.width,), dtype=self.dtype, name="projection")
         return project(patches)
@@ -55,6 +56,21 @@ def join_patches(patches: jax.Array, rows: int) -> jax.Array:
     return grid.reshape(batch, rows * patch, columns * patch, channels)
 
 
+def to_map(x_BxLxD: jax.Array, grid: tuple[int, int], reader: str) -> jax.Array:
+    """A sequence that is a grid, row after row, as a map (B, rows, columns, D).
+
+    Raises:
+        ConfigError: the sequence is not the grid.
+    """
+    rows, columns = grid
+    if x_BxLxD.shape[1] != rows * columns:
+        raise ConfigError(
+            f"{reader}.grid={grid}: the sequence has {x_BxLxD.shape[1]} positions; must be "
+            f"{rows * columns}"
+        )
+    return x_BxLxD.reshape(-1, rows, columns, x_BxLxD.shape[-1])
+
+
 class PatchMerge(nn.Module):
     """Four neighbours of a grid become one position: (B, height width, D) to (B, ., features).
 
@@ -68,10 +84,31 @@ class PatchMerge(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        rows, columns = self.grid
-        x = x_BxLxD.reshape(-1, rows, columns, x_BxLxD.shape[-1])
-        x = jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))
+        x = _even(to_map(x_BxLxD, self.grid, "PatchMerge"))
         corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
         x = jnp.concatenate(corners, -1).reshape(x.shape[0], -1, 4 * x.shape[-1])
         x = self.norm(name="norm")(x)
         return Einsum("...D,DE->...E", (self.features,), use_bias=False, name="reduction")(x)
+
+
+class ConvMerge(nn.Module):
+    """Four neighbours of a grid become one position: a norm of each, then a 2x2 convolution.
+
+    The norm comes before an odd grid is padded with zeros (ConvNeXt's downsampling, Liu et al.
+    2022, arXiv 2201.03545, section 2.6).
+    """
+
+    grid: tuple[int, int]
+    features: int
+    norm: Make = Make(LayerNorm)
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        x = _even(to_map(self.norm(name="norm")(x_BxLxD), self.grid, "ConvMerge"))
+        return PatchEmbed(2, self.features, x.dtype, name="reduction")(x)
+
+
+def _even(x: jax.Array) -> jax.Array:
+    """A map with zeros at the end of odd sides."""
+    rows, columns = x.shape[1:3]
+    return jnp.pad(x, ((0, 0), (0, rows % 2), (0, columns % 2), (0, 0)))

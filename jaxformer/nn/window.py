@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Full, Mask, Segments, Tile
 from jaxformer.nn.make import Make
+from jaxformer.nn.patch import to_map
 from jaxformer.nn.position import At, Mods, Position
 
 FULL = Full()
@@ -63,15 +64,11 @@ class Windowed(nn.Module):
     ) -> jax.Array:
         if kv_BxSxD is not None or mask != FULL or positions is not None or decode:
             raise ConfigError("Windowed: takes a whole grid and no mask, positions or cache")
-        batch, length, width = x_BxLxD.shape
-        rows, columns = self.grid
-        if length != rows * columns:
-            raise ConfigError(
-                f"Windowed.grid={self.grid}: the sequence has {length} positions; must be "
-                f"{rows * columns}"
-            )
+        if self.window < 1:
+            raise ConfigError(f"model.window={self.window}: must be at least 1")
+        (rows, columns), batch = self.grid, len(x_BxLxD)
+        x = to_map(x_BxLxD, self.grid, "Windowed")
         below, right = -rows % self.window, -columns % self.window
-        x = x_BxLxD.reshape(batch, rows, columns, width)
         x = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))
         if self.shift:
             x = jnp.roll(x, (-self.shift, -self.shift), axis=(1, 2))
@@ -83,7 +80,7 @@ class Windowed(nn.Module):
         x = join_windows(x, rows + below, columns + right)
         if self.shift:
             x = jnp.roll(x, (self.shift, self.shift), axis=(1, 2))
-        return x[:, :rows, :columns].reshape(batch, length, width)
+        return x[:, :rows, :columns].reshape(x_BxLxD.shape)
 
     def _regions(self, height: int, width: int) -> np.ndarray:
         """(n, window^2) int32: positions of a window that were neighbours share a number."""

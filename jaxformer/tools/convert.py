@@ -85,7 +85,9 @@ def import_authors(
 ) -> Path:
     """Make a run of a paper's config from its authors' weights, by their names for them.
 
-    `config` is "<paper>" or "<paper>:<preset>", `fields` its fields as `model__width=256`.
+    `config` is "<paper>" or "<paper>:<preset>", `fields` its fields as `model__width=256`. Beside
+    `read`, which gives the parameters, a paper's `authors` may have `read_extra` for what else a
+    state holds, as batch statistics.
 
     Raises:
         ConfigError: the paper has no such mapping, or the weights are not of this config.
@@ -93,6 +95,7 @@ def import_authors(
     module = f"jaxformer.papers.{paper_module(paper).__name__.rpartition('.')[2]}.authors"
     found = importlib.util.find_spec(module)
     mapping = getattr(importlib.import_module(module), "read", None) if found else None
+    mapping_extra = getattr(importlib.import_module(module), "read_extra", None) if found else None
     if mapping is None:
         raise ConfigError(
             f"import: {paper} has no mapping of its authors' weights to a whole model"
@@ -102,8 +105,11 @@ def import_authors(
     weights = Used(open_tensors(file))
 
     def read(abstract: TrainState) -> tuple[Any, Any]:
-        params = mapping(chosen, weights)
+        params, extra = mapping(chosen, weights), abstract.extra
         ours, wanted = paths.leaves(params), paths.leaves(abstract.params)
+        if mapping_extra is not None:
+            extra = mapping_extra(chosen, weights)
+            ours, wanted = ours | paths.leaves(extra), wanted | paths.leaves(abstract.extra)
         wrong = sorted(set(ours) ^ set(wanted)) or [
             name for name, x in ours.items() if x.shape != wanted[name].shape
         ]
@@ -119,7 +125,7 @@ def import_authors(
                 f"{file}: tensor {weights.unused[0]!r} is unknown to {paper} "
                 f"({len(weights.unused)} are); does the config belong to these weights?"
             )
-        return params, abstract.extra
+        return params, extra
 
     return _new_run(build(chosen), Path(workdir), read, None)
 
@@ -148,7 +154,8 @@ def _new_run(recipe: Recipe, workdir: Path, read: Any, dtype: Any) -> Path:
     abstract = abstract_states(recipe, mesh)[0]
     params, extra = read(abstract)
     key = jax.random.key(int(recipe.config.get("seed", 0)))
-    extra = initialise(recipe, mesh, 0).extra if jax.tree.leaves(extra) else extra
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(extra)):
+        extra = initialise(recipe, mesh, 0).extra
     with new_folder(workdir) as folder:
         state = TrainState(jnp.zeros((), jnp.int32), cast(params, dtype), extra, {}, key)
         start_run(recipe, folder, state)

@@ -91,7 +91,9 @@ def test_stream_and_output_are_constrained(config):
     with jax.sharding.use_abstract_mesh(mesh):
         program = jax.make_jaxpr(loss)(state.params, state.extra, data.spec())
     text = str(program)
-    blocks = 1 if recipe.config["model"]["scan"] else recipe.config["model"]["depth"]
+    model = recipe.config["model"]
+    depths = model["depths"] if "depths" in model else [model["depth"]]
+    blocks = 1 if model.get("scan") else sum(depths)
     assert text.count("sharding_constraint[") >= blocks + 2
 
 

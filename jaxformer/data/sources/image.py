@@ -15,7 +15,7 @@ import numpy as np
 from jaxformer.data.base import Arrays, Example
 from jaxformer.recipe import ConfigError
 
-__all__ = ["ImageFolder", "digits"]
+__all__ = ["ImageFolder", "digit_sequences", "digits"]
 
 _SUFFIXES = frozenset(
     [".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"]
@@ -36,6 +36,13 @@ def digits(split: Literal["train", "test"]) -> Arrays:
     return Arrays(
         {"image": np.float32(x).reshape(-1, 8, 8, 1) / 16, "label": np.asarray(y, np.int32)}
     )
+
+
+def digit_sequences(split: Literal["train", "test"]) -> Arrays:
+    """The digits pixel by pixel, {"tokens": (65,) int32}: token 0, then 1 + the level, 0 to 16."""
+    images = digits(split).arrays["image"]
+    levels = np.rint(16 * images).astype(np.int32).reshape(len(images), -1)
+    return Arrays({"tokens": np.pad(levels + 1, ((0, 0), (1, 0)))})
 
 
 @dataclasses.dataclass(frozen=True)
