@@ -26,6 +26,10 @@ class Make:
         """Build the module; `more` (usually `name=`) goes over the stored arguments."""
         return self.cls(**{**dict(self.arguments), **more})
 
+    def replace(self, **arguments: Any) -> Make:
+        """The same class with these arguments over the stored ones."""
+        return Make(self.cls, **{**dict(self.arguments), **arguments})
+
     def __repr__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.arguments)
         return f"{self.cls.__name__}({inside})"

@@ -1,0 +1,3 @@
+"""SeqPE: positions as digit strings that a small Transformer reads (2506.13277)."""
+
+from jaxformer.papers.seqpe.recipe import build as build

@@ -1,0 +1,398 @@
+"""SeqPE (section 3): a small Transformer reads the digits of a position and emits its vector.
+
+Symbols of the paper: g is the encoder of digit strings, s_i = g(i) the vector of position i,
+(a_i, b_i) = W s_i its parts for queries and keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxformer.errors import ConfigError
+from jaxformer.kernels.attention import Causal, Full, KeyPadding, Mask
+from jaxformer.nn.activation import GELU_TANH
+from jaxformer.nn.attention import Attention, Unfused
+from jaxformer.nn.block import Block, PreNorm, Stack
+from jaxformer.nn.einsum import Einsum
+from jaxformer.nn.embed import Embed
+from jaxformer.nn.make import Make
+from jaxformer.nn.mlp import MLP
+from jaxformer.nn.norm import LayerNorm
+from jaxformer.nn.position import At, Mods, Scheme, stream_positions
+
+BASE = 10
+GIVEN = "given"  # the collection in which a training step hands over vectors it has encoded itself
+
+# ------------------------------------------------------------------------------ digit strings
+
+
+@dataclasses.dataclass(frozen=True)
+class Strings:
+    """Positions below `limit` as strings of digits, one number per axis, rows before columns.
+
+    With two axes `limit` counts a square of positions, and each axis ends at its root.
+
+    Raises:
+        ConfigError: `limit` leaves no positions.
+    """
+
+    limit: int
+    axes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.axes < 1:
+            raise ConfigError(f"model.axes={self.axes}: must be at least 1")
+        if self.side < 2:
+            raise ConfigError(
+                f"model.positions={self.limit}: must be at least 2 along each of {self.axes} axes"
+            )
+
+    @property
+    def side(self) -> int:
+        """How many positions an axis has."""
+        return self.limit if self.axes == 1 else round_root(self.limit, self.axes)
+
+    @property
+    def digits(self) -> int:
+        """m, the digits of an axis."""
+        return len(str(self.side - 1))
+
+    @property
+    def length(self) -> int:
+        """Digits of a string, of all axes."""
+        return self.axes * self.digits
+
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        """Digits (..., axes m) int32 of positions (...), or (..., axes) where there are more axes.
+
+        They are padded with zeros in front. Values that only the device knows cannot be checked
+        here: of those out of range the first digit is 10, which has no embedding and gives NaN.
+
+        Raises:
+            ConfigError: a position is not an integer of 0 .. 10^m - 1, or has other axes.
+        """
+        if not isinstance(positions, jax.core.Tracer):
+            self._check(np.asarray(positions))
+        at = jnp.asarray(positions)
+        at = at[..., None] if self.axes == 1 else at
+        most = BASE**self.digits
+        powers = BASE ** np.arange(self.digits)[::-1]
+        digits = at[..., None] // powers % BASE
+        outside = (at < 0) | (at >= most)
+        digits = digits.at[..., 0].set(jnp.where(outside, BASE, digits[..., 0]))
+        return digits.reshape(*at.shape[:-1], self.length).astype(jnp.int32)
+
+    def _check(self, positions: np.ndarray) -> None:
+        if not np.issubdtype(positions.dtype, np.integer):
+            raise ConfigError(f"positions: are {positions.dtype}; give integers")
+        if self.axes > 1 and positions.shape[-1:] != (self.axes,):
+            raise ConfigError(
+                f"positions: of shape {positions.shape}, need a last axis of model.axes={self.axes}"
+            )
+        most = BASE**self.digits
+        wrong = positions[(positions < 0) | (positions >= most)]
+        if wrong.size:
+            raise ConfigError(
+                f"positions: {wrong.flat[0]} has no string of {self.digits} digits; allowed: 0 to "
+                f"{most - 1}, or a larger model.positions"
+            )
+
+
+def round_root(n: int, degree: int) -> int:
+    """The largest integer whose `degree`-th power is at most n."""
+    root = math.isqrt(n) if degree == 2 else int(n ** (1 / degree))
+    return root + 1 if (root + 1) ** degree <= n else root
+
+
+# ------------------------------------------------------------------------------ the encoder g
+
+
+class SequentialPE(nn.Module):
+    """g: strings of digits (N, axes m) to vectors (N, out), by a decoder of a few blocks.
+
+    e = E_digit + E_place (+ E_axis); a learned vector comes last, where causal attention has seen
+    every digit, and its output is projected. Leading zeros are digits like others;
+    with `valid` (N, axes m) they may be hidden from the others.
+    """
+
+    strings: Strings
+    width: int
+    heads: int
+    out: int
+    depth: int = 2
+    causal: bool = True
+    norm: Make = Make(LayerNorm)
+    last_norm: bool = True
+    temperature: float = 1.0
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, digits: jax.Array, valid: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        length, axes = self.strings.length, self.strings.axes
+        if digits.shape[-1] != length:
+            raise ConfigError(
+                f"digits: {digits.shape[-1]} per position; model.positions={self.strings.limit} "
+                f"has {length}"
+            )
+        normal = jax.nn.initializers.normal(0.02)
+        x_NxMxD = Embed(BASE, self.width, self.dtype, name="digits")(digits)
+        places = self.param("places", normal, (length, self.width), jnp.float32)
+        x_NxMxD = x_NxMxD + places.astype(self.dtype)
+        if axes > 1:
+            of_axis = self.param("axes", normal, (axes, self.width), jnp.float32)
+            of_axis = jnp.repeat(of_axis, self.strings.digits, axis=0)
+            x_NxMxD = x_NxMxD + of_axis.astype(self.dtype)
+        last = self.param("last", normal, (self.width,), jnp.float32)
+        last = jnp.broadcast_to(last.astype(self.dtype), (len(digits), 1, self.width))
+        x_NxMxD = jnp.concatenate([x_NxMxD, last], axis=1)
+
+        # Strings are so short that tiles of a fused kernel would be all but empty.
+        block = Make(
+            Block,
+            mixer=Make(Attention, heads=self.heads, core=Make(Unfused)),
+            mlp=Make(MLP, hidden=4 * self.width, activation=GELU_TANH),
+            residual=Make(PreNorm, norm=self.norm, dropout=self.dropout),
+        )
+        stack = Stack((block,) * self.depth, name="stack")
+        mask: Mask = Causal() if self.causal else Full()
+        if valid is not None:
+            seen = jnp.concatenate([valid > 0, jnp.ones((len(valid), 1), bool)], axis=1)
+            mask = mask & KeyPadding(seen)
+        s_NxD = stack(x_NxMxD, mask=mask, train=train)[:, -1]
+        if self.last_norm:
+            s_NxD = self.norm(name="norm")(s_NxD)
+        s_NxD = Einsum("...D,DE->...E", (self.out,), name="project")(s_NxD)
+        return s_NxD / self.temperature
+
+
+# --------------------------------------------------- how vectors of positions enter attention
+
+Join = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class AddScores:
+    """(q . k + weight a . b) / sqrt(K), by [q, weight a] . [k, b]: no array of scores is made."""
+
+    weight: float = 1.0
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, a: jax.Array, b: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        return jnp.concatenate([q, self.weight * a], -1), jnp.concatenate([k, b], -1)
+
+
+def multiply(q: jax.Array, k: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """q * a and k * b, element by element."""
+    return q * a, k * b
+
+
+def add(q: jax.Array, k: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """q + a and k + b."""
+    return q + a, k + b
+
+
+JOINS: dict[str, Join] = {"attn_scalar": AddScores(), "attn_mul": multiply, "attn_add": add}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vectors:
+    """The vectors s (b, L, D) of a call; row i of a batch has those of block `block[i]` (B,).
+
+    Without `block` there is one for all rows, or one for each. A scheme without effect of its own.
+    """
+
+    s: jax.Array
+    block: jax.Array | None = None
+
+    def mods(self, heads: int, at: At) -> Mods:
+        del heads, at
+        return Mods()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pairs(Vectors):
+    """Also (a, b), each (b, L, heads or 1, K), which `how` joins to queries and keys."""
+
+    a: jax.Array | None = None
+    b: jax.Array | None = None
+    how: Join = AddScores()
+
+    def join(self, q_BxLxHxK: jax.Array, k_BxLxGxK: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def like(x: jax.Array, part: jax.Array | None) -> jax.Array:
+            assert part is not None
+            part = part if self.block is None else part[self.block]
+            return jnp.broadcast_to(part.astype(x.dtype), x.shape)
+
+        return self.how(q_BxLxHxK, k_BxLxGxK, like(q_BxLxHxK, self.a), like(k_BxLxGxK, self.b))
+
+
+class Pair(nn.Module):
+    """pe_qk: (a, b) = W s, `heads` for queries and `kv_heads` for keys, of `head_size` each."""
+
+    heads: int
+    head_size: int
+    kv_heads: int | None = None
+    how: Join = AddScores()
+
+    @nn.compact
+    def __call__(self, vectors: Vectors) -> Pairs:
+        heads = self.heads + (self.heads if self.kv_heads is None else self.kv_heads)
+        both = Einsum("...D,DHK->...HK", (heads, self.head_size), name="qk")(vectors.s)
+        a, b = jnp.split(both, [self.heads], axis=-2)
+        return Pairs(vectors.s, vectors.block, a, b, self.how)
+
+
+class SamePair(nn.Module):
+    """Without pe_qk: a = b = s, its heads side by side."""
+
+    heads: int
+    how: Join = AddScores()
+
+    @nn.compact
+    def __call__(self, vectors: Vectors) -> Pairs:
+        s = vectors.s.reshape(*vectors.s.shape[:-1], self.heads, -1)
+        return Pairs(vectors.s, vectors.block, s, s, self.how)
+
+
+class LayerPair(nn.Module):
+    """A mixer whose layer makes pairs of its own (`multi`) from the vectors that layers share."""
+
+    pair: Make
+    mixer: Make
+
+    @nn.compact
+    def __call__(
+        self, x_BxLxD: jax.Array, *args: Any, scheme: Vectors, **options: Any
+    ) -> jax.Array:
+        pairs = self.pair(name="pair")(scheme)
+        return self.mixer(name="mixer")(x_BxLxD, *args, scheme=pairs, **options)
+
+
+# ------------------------------------------------------------------- the schemes of models
+
+
+class SeqPE(nn.Module):
+    """The scheme of sequences: s_i for every position of a call, paired for all layers (`single`).
+
+    Without a `pair` the layers do it (`LayerPair`). While decoding, positions are encoded as they
+    come, once for all layers, and b stays in the cache with the keys.
+    """
+
+    encoder: Make
+    pair: Make | None = None
+
+    @nn.compact
+    def place(
+        self,
+        x_BxLxD: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        train: bool = False,
+        decode: bool = False,
+    ) -> Scheme:
+        encoder = self.encoder(name="encoder")
+        vectors = given(self)
+        if vectors is None:
+            at = stream_positions(self, x_BxLxD, positions, decode)
+            vectors = Vectors(encode(encoder, at if at.ndim == 2 else at[None], train=train))
+        return vectors if self.pair is None else self.pair(name="pair")(vectors)
+
+
+class GridPE(nn.Module):
+    """The scheme of images: s_(row, column) for a square grid; a learned vector for each token
+    in front of it, 0 at the start.
+    """
+
+    encoder: Make
+    pair: Make | None = None
+    class_tokens: int = 1
+
+    @nn.compact
+    def place(
+        self,
+        x_BxLxD: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        train: bool = False,
+        decode: bool = False,
+    ) -> Scheme:
+        if positions is not None or decode:
+            raise ConfigError("GridPE: the positions of an image are its grid; give none")
+        encoder = self.encoder(name="encoder")
+        vectors = given(self)
+        if vectors is None:
+            grid = square(x_BxLxD.shape[1] - self.class_tokens)
+            vectors = Vectors(encode(encoder, grid[None], train=train))
+        s = vectors.s
+        if self.class_tokens:
+            zeros, shape = jax.nn.initializers.zeros, (self.class_tokens, s.shape[-1])
+            front = self.param("class_tokens", zeros, shape, jnp.float32)
+            front = jnp.broadcast_to(front.astype(s.dtype), (len(s), *shape))
+            vectors = Vectors(jnp.concatenate([front, s], axis=1), vectors.block)
+        return vectors if self.pair is None else self.pair(name="pair")(vectors)
+
+
+class AddSeqPE(nn.Module):
+    """`input_add`: s_i is added to the token embeddings, instead of acting in attention."""
+
+    encoder: Make
+
+    @nn.compact
+    def __call__(
+        self, x_BxLxD: jax.Array, positions: jax.Array | None = None, *, decode: bool = False
+    ) -> jax.Array:
+        encoder = self.encoder(name="encoder")
+        vectors = given(self)
+        if vectors is None:
+            at = stream_positions(self, x_BxLxD, positions, decode)
+            vectors = Vectors(encode(encoder, at if at.ndim == 2 else at[None]))
+        s = vectors.s if vectors.block is None else vectors.s[vectors.block]
+        return x_BxLxD + s.astype(x_BxLxD.dtype)
+
+
+def given(module: nn.Module) -> Vectors | None:
+    """The vectors that a training step hands over, if it does."""
+    if not module.has_variable(GIVEN, "vectors"):
+        return None
+    return Vectors(*(module.get_variable(GIVEN, name) for name in ("vectors", "block")))
+
+
+def encode(encoder: Any, positions: jax.Array, **options: Any) -> jax.Array:
+    """s (b, L, D) of positions (b, L), or (b, L, axes)."""
+    digits = encoder.strings(positions)
+    s = encoder(digits.reshape(-1, digits.shape[-1]), **options)
+    return s.reshape(*digits.shape[:-1], -1)
+
+
+def square(count: int) -> jax.Array:
+    """(row, column) of `count` patches, (count, 2) int32.
+
+    Raises:
+        ConfigError: they are no square.
+    """
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ConfigError(f"GridPE: {count} patches are no square grid; give square images")
+    return jnp.stack(jnp.divmod(jnp.arange(count, dtype=jnp.int32), side), axis=-1)
+
+
+def scheme(strings: Strings, heads: int, head_size: int, *, g: Make | None = None) -> Make:
+    """SeqPE as the scheme of a language model: vectors of its width, attn_scalar, one pe_qk.
+
+    `g` makes the encoder, by default two blocks as wide and with as many heads as the model.
+    """
+    width = heads * head_size
+    g = g or Make(SequentialPE, strings=strings, width=width, heads=heads, out=width)
+    return Make(SeqPE, encoder=g, pair=Make(Pair, heads=heads, head_size=head_size))
