@@ -42,7 +42,7 @@ def get_config(preset: str) -> ConfigDict:
         "beta": 1.0,  # of the transfer, the share that goes to the student
     }
     config.data = {
-        "task": "look_back",  # look_back | text | digits
+        "task": "look_back",  # look_back | text | digits | encoder
         "length": 64,
         "lengths": (64, 128, 256, 512),  # to evaluate at; of digits the sides of canvases
         "vocabulary": 32,

@@ -25,7 +25,6 @@ from jaxformer.papers.seqpe.model import (
     Pairs,
     SequentialPE,
     Strings,
-    Vectors,
     add,
     encode,
     multiply,
@@ -40,6 +39,7 @@ KEY = jax.random.key(0)
 L, H, K = 11, 2, 8
 LINE = Sampler(Strings(300), (16,), starts=6, candidates=12, near=40, compared=7)
 PLANE = Sampler(Strings(900, 2), (5, 4), starts=6, candidates=12, near=40, compared=7)
+ADDED, FULL = AddScores(), Full()
 both = pytest.mark.parametrize("sampler", [LINE, PLANE], ids=["line", "plane"])
 
 
@@ -57,7 +57,7 @@ def layer():
     return module, x, module.init(KEY, x, mask=Full()), a, b
 
 
-def attend(layer, how=AddScores(), a=None, b=None, core=Fused, mask=Full()):
+def attend(layer, how=ADDED, a=None, b=None, core=Fused, mask=FULL):
     module, x, params, *pair = layer
     a, b = (pair[i] if part is None else part for i, part in enumerate((a, b)))
     module = dataclasses.replace(module, core=Make(core))
@@ -108,7 +108,7 @@ def test_positions_that_only_the_device_knows_give_nan_out_of_range():
 
 @pytest.mark.parametrize("mask", [Full(), Causal()], ids=["full", "causal"])
 def test_added_scores_are_those_of_both_products(layer, mask):
-    module, x, params, a, b = layer
+    _, x, params, a, b = layer
     project = functools.partial(jnp.einsum, "BLD,DHK->BLHK", x)
     p = params["params"]
     q, k, v = (project(p[n]["kernel"]) + p[n]["bias"] for n in ("query", "key", "value"))
@@ -314,12 +314,12 @@ def tiny():
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_losses_of_positions_reach_the_encoder_alone(tiny, shifted):
-    task, params, *_ = tiny
+    task, params = tiny[0].positions, tiny[1]
     draw = task.sampler.draw(0, 0)._replace(shifted=jnp.asarray(shifted))
 
     def auxiliary(params):
-        _, l_ct, l_tr = task.positions(params, draw, KEY)
-        return l_ct + l_tr
+        found = task.positions(params, draw, KEY)
+        return found.contrast + found.transfer
 
     reached = {
         name for name, g in paths.leaves(jax.jit(jax.grad(auxiliary))(params)).items() if np.any(g)
@@ -331,13 +331,13 @@ def test_losses_of_positions_reach_the_encoder_alone(tiny, shifted):
 
 
 def test_row_i_of_a_shifted_batch_has_offset_i_mod_b(tiny):
-    task, params, extra, batch = tiny
-    draw = task.sampler.draw(0, 0)._replace(shifted=jnp.asarray(True))
-    vectors = task.positions(params, draw, KEY)[0]
-    b, length = task.sampler.starts, batch["inputs"].shape[1]
+    task, params, _, batch = tiny
+    draw = task.positions.sampler.draw(0, 0)._replace(shifted=jnp.asarray(True))
+    vectors = task.positions.positions(params, draw, KEY).vectors
+    b, length = task.positions.sampler.starts, batch["inputs"].shape[1]
     starts = draw.start[:, 0]
     assert len(set(starts.tolist())) == b
-    given = task.encoder.given(vectors, batch["row"] % b)
+    given = task.positions.encoder.given(vectors, batch["row"] % b)
     lm = task.task.model
     handed = lm.apply({"params": params, **given}, batch["inputs"])
     at = starts[jnp.arange(len(batch["row"])) % b][:, None] + jnp.arange(length)

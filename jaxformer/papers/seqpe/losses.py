@@ -5,13 +5,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxformer.tasks.losses import cross_entropy
+from jaxformer.tasks.losses import cross_entropy, is_correct
 
 
 def contrastive(pivot_bxD: jax.Array, candidates_bxcxD: jax.Array, label_b: jax.Array) -> jax.Array:
     """L_ct (b,): the nearest position, the candidate `label`, must have the largest product."""
     logits = jnp.einsum("bD,bcD->bc", pivot_bxD, candidates_bxcxD)
     return cross_entropy(logits, label_b)
+
+
+def finds_nearest(
+    pivot_bxD: jax.Array, candidates_bxcxD: jax.Array, label_b: jax.Array
+) -> jax.Array:
+    """1 where the nearest position has the largest product, (b,)."""
+    return is_correct(jnp.einsum("bD,bcD->bc", pivot_bxD, candidates_bxcxD), label_b)
 
 
 def transfer(
@@ -32,7 +39,7 @@ def transfer(
 
 
 def _similarity(x_bxtxD: jax.Array, heads: int) -> jax.Array:
-    """log softmax(M M^T), (b, H, t, t)."""
+    """Log softmax(M M^T), (b, H, t, t)."""
     x = x_bxtxD.reshape(*x_bxtxD.shape[:2], heads, -1)
     return jax.nn.log_softmax(jnp.einsum("bthK,bshK->bhts", x, x).astype(jnp.float32))
 

@@ -194,12 +194,12 @@ class AddScores:
 
 
 def multiply(q: jax.Array, k: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """q * a and k * b, element by element."""
+    """Q * a and k * b, element by element."""
     return q * a, k * b
 
 
 def add(q: jax.Array, k: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """q + a and k + b."""
+    """Q + a and k + b."""
     return q + a, k + b
 
 
@@ -370,7 +370,7 @@ def given(module: nn.Module) -> Vectors | None:
 
 
 def encode(encoder: Any, positions: jax.Array, **options: Any) -> jax.Array:
-    """s (b, L, D) of positions (b, L), or (b, L, axes)."""
+    """S (b, L, D) of positions (b, L), or (b, L, axes)."""
     digits = encoder.strings(positions)
     s = encoder(digits.reshape(-1, digits.shape[-1]), **options)
     return s.reshape(*digits.shape[:-1], -1)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from jaxformer.data.base import DeviceData, Epoch, IndexedData, Numbered
@@ -32,8 +33,8 @@ from jaxformer.papers.seqpe.model import (
     Strings,
 )
 from jaxformer.papers.seqpe.sampler import Sampler
-from jaxformer.papers.seqpe.task import Encoder, SequentialTask
-from jaxformer.recipe import Data, Evaluator, Phase, Recipe
+from jaxformer.papers.seqpe.task import Encoder, PositionTask, SequentialTask
+from jaxformer.recipe import Batch, Data, Evaluator, Phase, Recipe
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.language import LanguageTask
 from jaxformer.train import optim
@@ -50,6 +51,7 @@ def build(config: ConfigDict) -> Recipe:
         "look_back": look_back,
         "text": text,
         "digits": images,
+        "encoder": encoder,
     }
     require("data.task", config.data.task, tasks)
     return tasks[config.data.task](config)
@@ -118,10 +120,8 @@ class Positions:
             return None
         return Make(LayerPair, pair=self.pair, mixer=self.trunk.attention())
 
-    def task(self, task: Any, path: Sequence[str], block: tuple[int, ...]) -> Any:
-        """`task` on a model whose scheme is at `path`, with shifts and losses of positions."""
-        if not self.used:
-            return task
+    def alone(self, path: tuple[str, ...], block: tuple[int, ...]) -> PositionTask:
+        """What trains the encoder of a model whose scheme is at `path`."""
         positions = self.config.positions
         names = ("starts", "shift_rate", "pool", "candidates", "near", "compared")
         sampler = Sampler(
@@ -132,9 +132,13 @@ class Positions:
                 f"batch_size={self.config.batch_size}: must be a multiple of the "
                 f"positions.starts={positions.starts} that its rows are shared out to"
             )
-        heads = self.config.model.heads
-        weights = (positions.contrast, positions.transfer, positions.beta)
-        return SequentialTask(task, Encoder(self.g(), tuple(path)), sampler, heads, *weights)
+        weights = (positions.contrast, positions.transfer)
+        encoder = Encoder(self.g(), path)
+        return PositionTask(encoder, sampler, self.config.model.heads, weights, positions.beta)
+
+    def task(self, task: Any, path: tuple[str, ...], block: tuple[int, ...]) -> Any:
+        """`task` on a model whose scheme is at `path`, with shifts and losses of positions."""
+        return SequentialTask(task, self.alone(path, block)) if self.used else task
 
     def recipe(self, task: Any, train: Data, evaluators: Sequence[Evaluator], unit: str) -> Recipe:
         """One phase; the gradients of g and of the rest are clipped each by itself."""
@@ -207,6 +211,22 @@ def text(config: ConfigDict) -> Recipe:
         for length in data.lengths
     ]
     return positions.recipe(task, train, evaluators, "tokens")
+
+
+def encoder(config: ConfigDict) -> Recipe:
+    """The encoder alone, on its two losses: which candidate is the nearest?"""
+    task = Positions(config).alone(("scheme",), (config.data.length,))
+    rows, seed = config.batch_size, config.seed
+    train, fresh = (Numbered(DeviceData(_no_rows, rows), s) for s in (seed, seed + 2**31))
+    every, batches = config.evaluate.every or "end", config.evaluate.batches or 16
+    evaluator = MeanEvaluator(task, fresh, "fresh", every, batches)
+    update = GradientUpdate.of(task, config)
+    return Recipe(task, [Phase("train", config.steps, train, update)], [evaluator], unit="steps")
+
+
+def _no_rows(step_key: jax.Array, row_keys: jax.Array) -> Batch:
+    del step_key, row_keys
+    return {}
 
 
 def images(config: ConfigDict) -> Recipe:

@@ -235,7 +235,7 @@ def below(n: int | jax.Array, drawn: jax.Array) -> jax.Array:
 
 
 def distinct(count: int, drawn: jax.Array) -> jax.Array:
-    """n different numbers below `count` in random order, (n,), of random bits (2, n).
+    """N different numbers below `count` in random order, (n,), of random bits (2, n).
 
     Floyd's algorithm: it needs no order of all.
     """
@@ -251,7 +251,7 @@ def distinct(count: int, drawn: jax.Array) -> jax.Array:
 
 
 def edit(x: jax.Array, drawn: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x with a digit inserted, changed or deleted, or two swapped, as random bits (4,) say.
+    """X with a digit inserted, changed or deleted, or two swapped, as random bits (4,) say.
 
     And whether no 0 is in front. Up to three edits of a number of 6 digits fit int32.
     """
