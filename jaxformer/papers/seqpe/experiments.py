@@ -29,7 +29,7 @@ def measure(lab: Lab, recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def extrapolation(lab: Lab) -> Findings:
-    """Looking back in sequences longer than those trained on: one recipe, one seed, one schedule."""
+    """Looking back in longer sequences than those trained on: one recipe and schedule for all."""
     rows = []
     for name, fields in ARMS.items():
         recipe = lab.recipe(**fields)
@@ -113,8 +113,8 @@ CLAIMS = (
         baseline="SeqPE, above",
     ),
     Claim(
-        says="After 1500 steps of the two losses alone the nearest of 32 candidates has the largest "
-        "product (accuracy %, pivots drawn anew).",
+        says="After 1500 steps of the two losses alone the nearest of 32 candidates has the "
+        "largest product (accuracy %, pivots drawn anew).",
         source="section 3.3",
         experiment=nearest,
         value="nearest",
