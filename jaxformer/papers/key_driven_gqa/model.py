@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.errors import ConfigError
+from jaxformer.models.transformer import Transformer
+from jaxformer.models.variant import Variant
 from jaxformer.nn.attention import Attention, Fused
 from jaxformer.nn.cache import DecodeUnsupported
 from jaxformer.nn.make import Make, swap
@@ -250,3 +252,10 @@ def core(scheme: str, window: int = 300, epoch: int | None = None, by_batch: boo
 def grouped(model: Any, kv_heads: int, core: Make) -> Any:
     """A model with this core and so many key-value heads in all its attention."""
     return swap(model, Attention, Make(Attention, kv_heads=kv_heads, core=core))
+
+
+def variant(trunk: Transformer, length: int) -> Variant:
+    """DGQA with half as many key heads, for any plain model; it does not decode."""
+    del length
+    kv_heads = trunk.heads // 2 if trunk.heads % 2 == 0 else 1
+    return Variant(trunk.attention().replace(kv_heads=kv_heads, core=core("dgqa_diff")))

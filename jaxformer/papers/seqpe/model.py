@@ -18,6 +18,8 @@ from flax import linen as nn
 
 from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Causal, Full, KeyPadding, Mask
+from jaxformer.models.transformer import Transformer
+from jaxformer.models.variant import Variant
 from jaxformer.nn.activation import GELU_TANH
 from jaxformer.nn.attention import Attention, Unfused
 from jaxformer.nn.block import Block, PreNorm, Stack
@@ -396,3 +398,9 @@ def scheme(strings: Strings, heads: int, head_size: int, *, g: Make | None = Non
     width = heads * head_size
     g = g or Make(SequentialPE, strings=strings, width=width, heads=heads, out=width)
     return Make(SeqPE, encoder=g, pair=Make(Pair, heads=heads, head_size=head_size))
+
+
+def variant(trunk: Transformer, length: int) -> Variant:
+    """SeqPE for any plain model; its encoder learns from the model's task alone."""
+    head_size = trunk.width // trunk.heads
+    return Variant(scheme=scheme(Strings(length), trunk.heads, head_size), position="none")

@@ -161,13 +161,17 @@ class Positions:
 
 def language_model(positions: Positions, vocabulary: int, length: int, tied: bool) -> DecoderLM:
     """The plain decoder with these positions."""
-    trunk, mixer = positions.trunk, positions.mixer
-    lm = decoder_lm(trunk, vocabulary=vocabulary, length=length, tied=tied, mixer=mixer)
-    if not positions.used:
-        return lm
-    if positions.scheme is None:
+    lm = decoder_lm(
+        positions.trunk,
+        vocabulary=vocabulary,
+        length=length,
+        tied=tied,
+        mixer=positions.mixer,
+        scheme=positions.scheme,
+    )
+    if positions.used and positions.scheme is None:
         return dataclasses.replace(lm, position=Make(AddSeqPE, encoder=positions.g))
-    return dataclasses.replace(lm, scheme=positions.scheme)
+    return lm
 
 
 def look_back(config: ConfigDict) -> Recipe:
@@ -236,10 +240,13 @@ def images(config: ConfigDict) -> Recipe:
         raise ConfigError("model.join='input_add': is for sequences; allowed here: attn_*")
     size = 8 if positions.used else max(8, *data.lengths)
     model = vit(
-        positions.trunk, image_size=size, patch=1, classes=10, pool="token", mixer=positions.mixer
+        positions.trunk,
+        image_size=size,
+        patch=1,
+        classes=10,
+        mixer=positions.mixer,
+        scheme=positions.scheme,
     )
-    if positions.used:
-        model = dataclasses.replace(model, encoder=model.encoder.replace(scheme=positions.scheme))
     inner = ClassifyTask(model)
     task = positions.task(inner, ("encoder", "scheme"), (8, 8))
     train = IndexedData(digits("train"), config.batch_size, config.seed)
