@@ -12,13 +12,12 @@ from jaxformer.nn.attention import Attention, Softmax, Unfused
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
 from jaxformer.papers.seqpe import authors, losses
+from jaxformer.papers.seqpe.encoder import SequentialPE, Strings
 from jaxformer.papers.seqpe.model import (
     JOINS,
     AddScores,
     Pair,
     SamePair,
-    SequentialPE,
-    Strings,
     Vectors,
 )
 

@@ -18,15 +18,13 @@ from jaxformer.nn.attention import Attention, Fused, Unfused
 from jaxformer.nn.make import Make
 from jaxformer.papers.seqpe import losses
 from jaxformer.papers.seqpe.data import LookBack
+from jaxformer.papers.seqpe.encoder import SequentialPE, Strings, encode
 from jaxformer.papers.seqpe.model import (
     AddScores,
     GridPE,
     Pair,
     Pairs,
-    SequentialPE,
-    Strings,
     add,
-    encode,
     multiply,
     scheme,
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from jaxformer.interop.authors import (
     Tree,
     Weights,
-    block,
     conv1d,
     fused_attention,
+    gpt2_block,
     linear,
     norm,
     to_heads,
@@ -16,23 +16,15 @@ from jaxformer.interop.authors import (
 
 def encoder(weights: Weights, heads: int, depth: int) -> Tree:
     """`SequentialPE` of the text and of the image code."""
-
-    def one(i: int) -> Tree:
-        name = f"transformers.{i}."
-        fused, out = (conv1d(weights, f"{name}attn.{part}") for part in ("c_attn", "c_proj"))
-        return block(
-            fused_attention(fused, out, heads),
-            norm(weights, f"{name}layernorm_1"),
-            conv1d(weights, f"{name}mlp.c_fc"),
-            conv1d(weights, f"{name}mlp.c_proj"),
-            norm(weights, f"{name}layernorm_2"),
-        )
-
+    norms = ("layernorm_1", "layernorm_2")
+    blocks = {
+        f"block_{i}": gpt2_block(weights, f"transformers.{i}.", heads, norms) for i in range(depth)
+    }
     found = {
         "digits": {"table": weights["token_of_seqpe_embed.weight"]},
         "places": weights["pos_of_seqpe_embed.weight"],
         "last": weights["cls_token_embed"][0, 0],
-        "stack": {f"block_{i}": one(i) for i in range(depth)},
+        "stack": blocks,
         "project": linear(weights, "out_proj"),
     }
     if "layernorm.weight" in weights:

@@ -21,6 +21,7 @@ from jaxformer.models.vit import vit
 from jaxformer.nn.attention import head_sizes
 from jaxformer.nn.make import Make
 from jaxformer.papers.seqpe.data import Canvas, LookBack
+from jaxformer.papers.seqpe.encoder import SequentialPE, Strings
 from jaxformer.papers.seqpe.model import (
     JOINS,
     AddSeqPE,
@@ -29,8 +30,6 @@ from jaxformer.papers.seqpe.model import (
     Pair,
     SamePair,
     SeqPE,
-    SequentialPE,
-    Strings,
 )
 from jaxformer.papers.seqpe.sampler import Sampler
 from jaxformer.papers.seqpe.task import Encoder, PositionTask, SequentialTask

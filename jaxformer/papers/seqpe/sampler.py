@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.errors import ConfigError
-from jaxformer.papers.seqpe.model import BASE, Strings
+from jaxformer.papers.seqpe.encoder import BASE, Strings
 
 HARD_RATE, HARD_SHARE = 0.4, 0.25  # candidates with similar digits: how often, of how many
 TRIES = 4  # drawn for each of them, because some are refused

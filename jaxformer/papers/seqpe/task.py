@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformer.papers.seqpe.encoder import SequentialPE, encode
 from jaxformer.papers.seqpe.losses import contrastive, finds_nearest, transfer
-from jaxformer.papers.seqpe.model import GIVEN, SequentialPE, encode
+from jaxformer.papers.seqpe.model import GIVEN
 from jaxformer.papers.seqpe.sampler import Draw, Sampler
 from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Params
 
