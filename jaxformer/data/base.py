@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformer.recipe import Batch, ConfigError, Data
+from jaxformer.recipe import Batch, ConfigError, Data, DrawsOnDevice
 
 Example = Mapping[str, Any]  # one row: numpy arrays or scalars, no batch axis
 Transform = Callable[[Example, np.random.Generator], Example]
@@ -32,6 +32,7 @@ __all__ = [
     "Example",
     "FixedData",
     "IndexedData",
+    "Numbered",
     "Source",
     "Transform",
     "prefetch",
@@ -224,13 +225,7 @@ class DeviceData:
         _check_seed(self.seed)
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """The address of the rows: "seed" uint32, "step" int32, "row" int32, each (rows,)."""
-        row = np.arange(self.batch_size, dtype=np.int32)[rows]
-        return {
-            "seed": np.full_like(row, self.seed, dtype=np.uint32),
-            "step": np.full_like(row, step),
-            "row": row,
-        }
+        return _address(self.seed, step, self.batch_size, rows)
 
     def spec(self) -> Batch:
         return _spec(self.batch(0, slice(0, 1)), self.batch_size)
@@ -239,6 +234,48 @@ class DeviceData:
         step_key = jax.random.fold_in(jax.random.key(batch["seed"][0]), batch["step"][0])
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.asarray(batch["row"]))
         return self.draw_rows(step_key, row_keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """`data` with the address of its rows beside them: "seed", "step" and "row", each (B,).
+
+    For what a task draws in common for all rows of a step, such as positions: drawn from
+    fold_in(key(seed), step), it is the same in every micro-batch and after a restart.
+    """
+
+    data: Data
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
+    @property
+    def batch_size(self) -> int:
+        return self.data.batch_size
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        address = _address(self.seed, step, self.batch_size, rows)
+        return {"rows": self.data.batch(step, rows), **address}
+
+    def spec(self) -> Batch:
+        address = _address(self.seed, 0, self.batch_size, slice(0, 1))
+        return {"rows": self.data.spec(), **_spec(address, self.batch_size)}
+
+    def draw(self, batch: Batch) -> Batch:
+        rows = batch["rows"]
+        rows = self.data.draw(rows) if isinstance(self.data, DrawsOnDevice) else rows
+        return {**rows, **{name: batch[name] for name in ("seed", "step", "row")}}
+
+
+def _address(seed: int, step: int, batch_size: int, rows: slice) -> Batch:
+    """The address of rows of a batch: "seed" uint32, "step" int32, "row" int32, each (rows,)."""
+    row = np.arange(batch_size, dtype=np.int32)[rows]
+    return {
+        "seed": np.full_like(row, seed, dtype=np.uint32),
+        "step": np.full_like(row, step),
+        "row": row,
+    }
 
 
 def prefetch(

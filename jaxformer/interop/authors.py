@@ -117,15 +117,17 @@ def block(mixer: Tree, mixer_norm: Tree, up: Tree, down: Tree, mlp_norm: Tree) -
     }
 
 
-def gpt2_block(weights: Weights, name: str, heads: int) -> Tree:
+def gpt2_block(
+    weights: Weights, name: str, heads: int, norms: tuple[str, str] = ("ln_1", "ln_2")
+) -> Tree:
     """A block of GPT-2's code in the `transformers` library; `name` ends with a dot."""
     fused, out = (conv1d(weights, f"{name}attn.{part}") for part in ("c_attn", "c_proj"))
     return block(
         fused_attention(fused, out, heads),
-        norm(weights, f"{name}ln_1"),
+        norm(weights, name + norms[0]),
         conv1d(weights, f"{name}mlp.c_fc"),
         conv1d(weights, f"{name}mlp.c_proj"),
-        norm(weights, f"{name}ln_2"),
+        norm(weights, name + norms[1]),
     )
 
 

@@ -14,6 +14,7 @@ from jaxformer.nn.embed import Embed
 from jaxformer.nn.heads import MaskedHead, MeanPool, class_head
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
+from jaxformer.nn.position import shared_scheme
 from jaxformer.parallel.sharding import constrain
 
 FULL = Full()
@@ -65,7 +66,7 @@ class Encoder(nn.Module):
         x_BxLxD = constrain(x_BxLxD, ("batch", "length", "embed"))
         options = {"positions": positions, "train": train}
         if self.scheme is not None:
-            options["scheme"] = self.scheme(name="scheme")()
+            options["scheme"] = shared_scheme(self.scheme(name="scheme"), x_BxLxD, **options)
         x_BxLxD = self.stack(name="stack")(x_BxLxD, mask=mask, **options)
         return x_BxLxD if self.norm is None else self.norm(name="norm")(x_BxLxD)
 

@@ -13,6 +13,7 @@ from jaxformer.nn.dropout import Dropout
 from jaxformer.nn.embed import Embed
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
+from jaxformer.nn.position import shared_scheme
 from jaxformer.parallel.sharding import constrain
 
 FULL, CAUSAL = Full(), Causal()
@@ -65,8 +66,10 @@ class EncoderDecoder(nn.Module):
         self, inputs_BxS: jax.Array, *, valid_BxS: jax.Array | None = None, train: bool = False
     ) -> jax.Array:
         """The memory (B, S, D) of the inputs; those that are not `valid` are not seen."""
-        scheme = {} if self.encoder_scheme is None else {"scheme": self.encoder_bias()}
         x_BxSxD = self._embed(inputs_BxS, train)
+        scheme = {}
+        if self.encoder_scheme is not None:
+            scheme["scheme"] = shared_scheme(self.encoder_bias, x_BxSxD, train=train)
         x_BxSxD = self.encoder_stack(x_BxSxD, mask=_seen(valid_BxS), train=train, **scheme)
         return self.drop(self.encoder_norm(x_BxSxD), train=train)
 
@@ -80,9 +83,11 @@ class EncoderDecoder(nn.Module):
         decode: bool = False,
     ) -> jax.Array:
         """Logits (B, L, V); with decode=True the tokens go on from those read before."""
-        scheme = {} if self.decoder_scheme is None else {"scheme": self.decoder_bias()}
-        options = {"kv_mask": _seen(valid_BxS), "train": train, "decode": decode, **scheme}
         x_BxLxD = self._embed(tokens_BxL, train)
+        options: dict[str, Any] = {"train": train, "decode": decode}
+        if self.decoder_scheme is not None:
+            options["scheme"] = shared_scheme(self.decoder_bias, x_BxLxD, **options)
+        options["kv_mask"] = _seen(valid_BxS)
         x_BxLxD = self.decoder_stack(x_BxLxD, memory_BxSxD, mask=CAUSAL, **options)
         x_BxLxD = self.drop(self.decoder_norm(x_BxLxD), train=train)
         head = self.embed.attend if self.head is None else self.output

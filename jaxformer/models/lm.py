@@ -15,6 +15,7 @@ from jaxformer.nn.embed import Embed
 from jaxformer.nn.heads import lm_head
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
+from jaxformer.nn.position import shared_scheme
 from jaxformer.parallel.sharding import constrain
 
 CAUSAL = Causal()
@@ -57,7 +58,7 @@ class DecoderLM(nn.Module):
         x_BxLxD = constrain(x_BxLxD, ("batch", "length", "embed"))
         options = {"positions": positions, "train": train, "decode": decode}
         if self.scheme is not None:
-            options["scheme"] = self.scheme(name="scheme")()
+            options["scheme"] = shared_scheme(self.scheme(name="scheme"), x_BxLxD, **options)
         x_BxLxD = self.stack(name="stack")(x_BxLxD, mask=mask, **options)
         x_BxLxD = x_BxLxD[:, -1:] if decode else x_BxLxD
         if self.norm is not None:

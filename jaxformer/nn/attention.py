@@ -21,7 +21,7 @@ from jaxformer.kernels.attention.mods import drop, seed_of
 from jaxformer.nn.cache import KVCache
 from jaxformer.nn.einsum import Einsum
 from jaxformer.nn.make import Make
-from jaxformer.nn.position import At, Mods, Position, Scheme, stream_positions
+from jaxformer.nn.position import At, Joins, Mods, Position, Scheme, stream_positions
 
 FULL = Full()
 
@@ -181,6 +181,8 @@ class Attention(nn.Module):
         at_L = stream_positions(self, x_BxLxD, positions, decode)
         at_S = at_L if kv_BxSxD is None else jnp.arange(source_BxSxD.shape[1])
         q_BxLxHxK, k_BxSxGxK = position.rotate(q_BxLxHxK, at_L), position.rotate(k_BxSxGxK, at_S)
+        if isinstance(scheme, Joins):
+            q_BxLxHxK, k_BxSxGxK = scheme.join(q_BxLxHxK, k_BxSxGxK)
 
         q_pos = k_pos = None
         if decode and kv_BxSxD is None:
@@ -217,13 +219,16 @@ class Attention(nn.Module):
         train: bool = False,
     ) -> jax.Array:
         """(B, L, H, K) of what was projected; `q_pos` and `k_pos` are what the mask goes by."""
+        scale = self.scale
+        if scale is None and isinstance(scheme, Joins):  # queries may be wider than values
+            scale = v_BxSxGxK.shape[-1] ** -0.5
         return self.core(name="core")(
             q_BxLxHxK,
             k_BxSxGxK,
             v_BxSxGxK,
             mask=mask,
             mods=scheme.mods(self.heads, at),
-            scale=self.scale,
+            scale=scale,
             q_pos=q_pos,
             k_pos=k_pos,
             dropout=self.dropout if train else 0.0,

@@ -26,16 +26,21 @@ class Make:
         """Build the module; `more` (usually `name=`) goes over the stored arguments."""
         return self.cls(**{**dict(self.arguments), **more})
 
+    def replace(self, **arguments: Any) -> Make:
+        """The same class with these arguments over the stored ones."""
+        return Make(self.cls, **{**dict(self.arguments), **arguments})
+
     def __repr__(self) -> str:
         inside = ", ".join(f"{k}={v!r}" for k, v in self.arguments)
         return f"{self.cls.__name__}({inside})"
 
 
-def swap(value: Any, old: type, new: type) -> Any:
+def swap(value: Any, old: type, new: type | Make) -> Any:
     """A copy of a task, module, `Make` or tuple in which every `Make(old, ...)` is of `new`.
 
-    `new` receives the arguments that `old` had. `swap(model, Fused, Unfused)` is the same model,
-    on the same parameters, with its attention open to interception.
+    `new` receives the arguments that `old` had; if it is a `Make`, under its own.
+    `swap(model, Fused, Unfused)` is the same model, on the same parameters, with its attention open
+    to interception.
     """
     if isinstance(value, tuple):
         items = tuple(swap(item, old, new) for item in value)
@@ -45,7 +50,10 @@ def swap(value: Any, old: type, new: type) -> Any:
         parts = _default_parts(value.cls) | stored
         swapped = {name: swap(part, old, new) for name, part in parts.items()}
         kept = {k: v for k, v in swapped.items() if k in stored or v != parts[k]}
-        return Make(new if value.cls is old else value.cls, **kept)
+        if value.cls is not old:
+            return Make(value.cls, **kept)
+        new = new if isinstance(new, Make) else Make(new)
+        return Make(new.cls, **(kept | dict(new.arguments)))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         parts.pop("parent", None)  # of a Linen module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,44 @@ class Scheme(Protocol):
     """What changes scores and probabilities by position: a `Position`, or what layers share."""
 
     def mods(self, heads: int, at: At) -> Mods: ...
+
+
+@runtime_checkable
+class Joins(Protocol):
+    """A scheme that also changes the queries and keys of a call, at whose positions it was placed.
+
+    It may make them wider, both alike: scores keep the scale of the head size.
+    """
+
+    def join(self, q_BxLxHxK: jax.Array, k_BxLxGxK: jax.Array) -> tuple[jax.Array, jax.Array]: ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A module whose scheme depends on where the stream of a call lies."""
+
+    def place(
+        self,
+        x_BxLxD: jax.Array,
+        positions: jax.Array | None = None,
+        *,
+        train: bool = False,
+        decode: bool = False,
+    ) -> Scheme: ...
+
+
+def shared_scheme(
+    module: nn.Module,
+    x_BxLxD: jax.Array,
+    positions: jax.Array | None = None,
+    *,
+    train: bool = False,
+    decode: bool = False,
+) -> Scheme:
+    """The scheme that the layers of a call share, of the module that makes it."""
+    if isinstance(module, Placed):
+        return module.place(x_BxLxD, positions, train=train, decode=decode)
+    return module()
 
 
 class Position(nn.Module):

@@ -136,13 +136,17 @@ def schedule_free(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Fact
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Parameters whose names match `pattern`, with their own rate, decay or none at all."""
+    """Parameters whose names match `pattern`, with their own rate and decay, or none at all.
+
+    `clip` is of their gradient norm alone.
+    """
 
     pattern: str
     rate_scale: float = 1.0
     weight_decay: float | None = None
     frozen: bool = False
     optimizer: Factory | None = None
+    clip: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +200,8 @@ def _group_step(
     if group.frozen:
         return optax.set_to_zero()
     decay = weight_decay if group.weight_decay is None else group.weight_decay
-    return (group.optimizer or factory)(lambda count: rate(count) * group.rate_scale, decay)
+    step = (group.optimizer or factory)(lambda count: rate(count) * group.rate_scale, decay)
+    return optax.chain(optax.clip_by_global_norm(group.clip), step) if group.clip else step
 
 
 def _labels(groups: Sequence[Group], params: Params) -> Any:
@@ -222,8 +227,11 @@ FACTORIES: dict[str, Callable[..., Factory]] = {
 }
 
 
-def build(config: Mapping[str, Any], steps: int) -> Optimizer:
-    """The optimiser of a config's `optim` section (see `jaxformer.config.base`)."""
+def build(config: Mapping[str, Any], steps: int, groups: Sequence[Group] = ()) -> Optimizer:
+    """The optimiser of a config's `optim` section (see `jaxformer.config.base`).
+
+    With `groups` each of them is clipped by itself, at `clip` where it has none of its own.
+    """
     factory = _choose("optim.name", config["name"], FACTORIES)
     rate = schedule(
         config["learning_rate"],
@@ -232,9 +240,11 @@ def build(config: Mapping[str, Any], steps: int) -> Optimizer:
         warmup=config["warmup_steps"],
         final=config["final"],
     )
+    clip = config["clip"] or None
     return optimizer(
         factory(**config.get("arguments", {})),
         rate,
         weight_decay=config["weight_decay"],
-        clip=config["clip"] or None,
+        clip=None if groups else clip,
+        groups=[dataclasses.replace(g, clip=g.clip or clip) for g in groups],
     )

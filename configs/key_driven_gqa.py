@@ -1,0 +1,59 @@
+"""A multi-head ViT, converted to grouped heads and trained on, key-driven or a control."""
+
+from ml_collections import ConfigDict
+
+from jaxformer.config import base
+
+PRESETS = ("tiny", "small", "paper")
+
+
+def get_config(preset: str) -> ConfigDict:
+    """A ViT on the digits, trained, converted and up-trained."""
+    config = base("key_driven_gqa")
+    config.model = {
+        "scheme": "dgqa_diff",  # gqa | kdgqa | dgqa_diff | dgqa_ema | pgqa
+        "kv_heads": 4,
+        "window": 30,  # DGQA: forward passes between two splits
+        "epoch": 0,  # after which DGQA's counter restarts, as the authors' does; 0: never
+        "by_batch": False,  # DGQA follows the batch in evaluation, as the authors' does
+        "width": 64,
+        "depth": 4,
+        "heads": 8,
+        "hidden": 128,
+        "patch": 4,
+        "dropout": 0.0,
+        "scan": False,
+        "remat": "none",
+        "dtype": "float32",
+    }
+    config.data = {
+        "train": "",  # a folder of images; none: scikit-learn's digits
+        "test": "",
+        "size": 16,
+        "classes": 10,
+    }
+    config.huggingface = ConfigDict()  # the config.json of an imported ViT, in place of `model`'s
+    config.init_from = ""  # the run of a multi-head ViT, such as `jaxformer import` makes
+    config.fresh = r"(?!)"  # its parameters that begin anew: r"^head/" for other classes
+    config.multi_head_steps = 600
+    config.optim.update(learning_rate=1e-3, warmup_steps=20, schedule="cosine", clip=1.0)
+    config.update({"steps": 135, "batch_size": 32})  # three epochs
+    if preset == "tiny":
+        config.update({"steps": 40, "multi_head_steps": 30, "batch_size": 8})
+        config.model.update({"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "hidden": 64})
+        config.model.window = 10
+        config.optim.warmup_steps = 5
+        config.evaluate.batches = 4
+    elif preset == "paper":
+        paper(config)
+    return config
+
+
+def paper(config: ConfigDict) -> None:
+    """ViT-L/16 at 224, fine-tuned for five epochs of CIFAR-100; name its folders of images."""
+    config.model.update({"width": 1024, "depth": 24, "heads": 16, "kv_heads": 8, "hidden": 4096})
+    config.model.update({"patch": 16, "window": 300, "dtype": "bfloat16"})
+    config.data.update({"train": "cifar100/train", "test": "cifar100/test"})
+    config.data.update({"size": 224, "classes": 100})
+    config.optim.update(learning_rate=1e-5, warmup_steps=0, schedule="constant", clip=0.0)
+    config.update({"multi_head_steps": 0, "steps": 7815, "batch_size": 32})
