@@ -13,7 +13,7 @@ import numpy as np
 from jaxformer.data.base import Example
 from jaxformer.recipe import ConfigError
 
-__all__ = ["Normalize", "RandomCrop", "RandomFlip"]
+__all__ = ["Normalize", "RandomCrop", "RandomFlip", "RowSeed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +57,11 @@ class Normalize:
         del rng
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return {**example, "image": (example["image"].astype(np.float32) - mean) / std}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSeed:
+    """Adds "seed" (uint32), from which a task draws for the row, whatever rows are beside it."""
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        return {**example, "seed": np.uint32(rng.integers(2**32))}
