@@ -127,6 +127,34 @@ class Generates(Protocol):
         ...
 
 
+@runtime_checkable
+class Denoises(Protocol):
+    """A task that tells the noise in an example: samplers walk its process backwards."""
+
+    @property
+    def process(self) -> Any: ...
+
+    def check(self, given: Batch) -> None:
+        """Refuse conditions that the model does not know."""
+        ...
+
+    def absent(self, given: Batch) -> Batch:
+        """The conditions that say nothing, for guidance."""
+        ...
+
+    def examples(self, count: int) -> Batch:
+        """Conditions to show, `count` rows of them."""
+        ...
+
+    def denoise(
+        self, params: Params, extra: Extra, x: jax.Array, time: jax.Array, given: Batch
+    ) -> jax.Array:
+        """What the process asks of examples x (B, ...) at times (B,), under the conditions."""
+        ...
+
+    def decode(self, extra: Extra, latent: jax.Array) -> jax.Array: ...
+
+
 class Update(Protocol):
     """One transition of the train state; jitted, sharded and donated by the loop."""
 

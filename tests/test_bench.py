@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -14,6 +15,7 @@ from jaxformer.bench.decode import bench_decode
 from jaxformer.bench.h200 import report, run
 from jaxformer.bench.stage import Stage
 from jaxformer.bench.targets import TARGETS, judge
+from jaxformer.bench.training import TRAININGS
 from jaxformer.cli import main
 from jaxformer.errors import ConfigError
 from jaxformer.kernels import tuned
@@ -32,6 +34,8 @@ def test_a_stage_runs_in_miniature(stage, tmp_path):
     assert not [row for row in ours if "error" in row]
     assert all(row["right"] for row in ours if stage == "numerics")
     assert all(row["ms"] > 0 for row in ours if stage != "numerics")
+    if stage == "train":
+        assert [row["model"] for row in ours] == ["tiny GPT", "tiny ViT", "tiny DiT"]
     assert "figures mean nothing" in text and text == (tmp_path / "report.md").read_text()
     # There is no cuDNN here: its rows say so, and its absence stopped nothing.
     cudnn = [row for row in found["rows"] if row not in ours]
@@ -40,6 +44,15 @@ def test_a_stage_runs_in_miniature(stage, tmp_path):
     if stage == "tune":
         entries = json.loads((tmp_path / "tiles.json").read_text())["entries"]
         assert {entry["op"] for entry in entries} == {"attention", "linear_attention"}
+
+
+def test_flops_of_a_dit_are_the_published_ones():
+    """118.6 G multiply-adds for an image of DiT-XL/2 (arXiv 2212.09748, table 4), times 6."""
+    training = next(x for x in TRAININGS if x.name == "DiT-XL/2")
+    latent = jax.ShapeDtypeStruct((1, training.side, training.side, 4), jnp.float32)
+    params = jax.eval_shape(training.init, jax.random.key(0), latent)
+    assert training.flops(params) / training.batch / 6e9 == pytest.approx(118.6, abs=0.05)
+    assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(675e6, rel=1e-3)
 
 
 def test_nothing_measured_is_called_not_measured(tmp_path):

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from jaxformer.cli import main
 
@@ -95,6 +96,28 @@ def test_train_evaluate_sample(tmp_path, capsys):
     assert main([*sample, "0", "--seed", "5"]) == 0
     assert capsys.readouterr().out == first
     assert main([*sample, "-1"]) == 2
+
+
+@pytest.mark.slow
+def test_train_and_draw_pictures(tmp_path, capsys):
+    """A run that denoises: pictures in its report, and from `sample`, of any size."""
+    run = tmp_path / "run"
+    few = ["--config.steps=3", "--config.evaluate.frechet=4", "--config.sample.steps=2"]
+    assert main(["train", "--config", "ledit:tiny", "--workdir", str(run), *few]) == 0
+    report = (run / "report.md").read_text()
+    assert "![samples](samples.png)" in report and "frechet/distance" in report
+    with Image.open(run / "samples.png") as picture:
+        assert picture.size == (4 * 66 + 2, 2 * 66 + 2)
+    capsys.readouterr()
+    sample = ["sample", "--workdir", str(run), "--rows", "1", "--steps", "2"]
+    path = str(tmp_path / "x.png")
+    assert main([*sample, "--size", "32x16", "--labels", "1,3", "--output", path]) == 0
+    assert capsys.readouterr().out.strip() == path
+    with Image.open(path) as picture:
+        assert picture.size == (4 * 66 + 2, 130 + 2)
+    for wrong, said in (("--size=17", "must divide"), ("--size=8x", "32x48"), ("--labels=9", "9")):
+        assert main([*sample, wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_import_is_lazy():

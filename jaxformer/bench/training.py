@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +24,13 @@ from jaxformer.bench.clock import Run, race
 from jaxformer.bench.peak import matmul_rate
 from jaxformer.bench.stage import Stage
 from jaxformer.kernels.attention import Causal, Full, explain
+from jaxformer.models.dit import dit
 from jaxformer.models.lm import decoder_lm
 from jaxformer.models.transformer import Transformer
 from jaxformer.models.vit import vit
+from jaxformer.tasks.diffuse import ClassLabel, DiffusionTask, Latents
 from jaxformer.tasks.losses import cross_entropy
+from jaxformer.tasks.noising import GaussianDiffusion
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bfloat16 FLOP/s without sparsity
 
@@ -61,6 +65,12 @@ class Training:
         images = jax.random.normal(one, (self.batch, self.image, self.image, 3), jnp.bfloat16)
         return images, jax.random.randint(two, (self.batch,), 0, 1000)
 
+    def init(self, key: jax.Array, inputs: jax.Array) -> Any:
+        return self.model().init(key, inputs)["params"]
+
+    def loss(self, params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
+        return cross_entropy(self.model().apply({"params": params}, inputs), labels).mean()
+
     def flops(self, params: Any) -> float:
         """Of one step, forward and backward."""
         positions = self.batch * self.length
@@ -77,6 +87,60 @@ class Training:
         return 6.0 * products * positions + attention
 
 
+@dataclasses.dataclass(frozen=True)
+class Denoising:
+    """A DiT on random latents, with learned variance and classes (Peebles & Xie 2022)."""
+
+    name: str
+    width: int
+    depth: int
+    heads: int
+    batch: int
+    side: int  # of the latents, of 4 channels
+    patch: int = 2
+    classes: int = 1000
+    causal = False
+
+    @property
+    def length(self) -> int:
+        return (self.side // self.patch) ** 2
+
+    @property
+    def task(self) -> DiffusionTask:
+        process, label = GaussianDiffusion(), ClassLabel(self.classes)
+        sizes = {name: getattr(self, name) for name in ("width", "depth", "heads", "patch")}
+        options = {"channels": process.outputs(4), "labels": label.labels, "dtype": "bfloat16"}
+        return DiffusionTask(dit(**sizes, **options), process, (label,), 0.1, Latents())
+
+    def model(self) -> nn.Module:
+        return self.task.model
+
+    def data(self) -> tuple[jax.Array, jax.Array]:
+        """Latents and classes."""
+        one, two = jax.random.split(jax.random.key(0))
+        shape = (self.batch, self.side, self.side, 4)
+        return jax.random.normal(one, shape), jax.random.randint(
+            two, (self.batch,), 0, self.classes
+        )
+
+    def init(self, key: jax.Array, inputs: jax.Array) -> Any:
+        label = jnp.zeros(len(inputs), jnp.int32)
+        return self.task.init(key, {"image": inputs, "label": label})[0]
+
+    def loss(self, params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
+        batch = {"image": inputs, "label": labels}
+        return self.task.loss(params, {}, batch, key=jax.random.key(2), train=True).loss
+
+    def flops(self, params: Any) -> float:
+        """Of one step, forward and backward; a condition belongs to an example, not a position."""
+        named = paths.leaves(params)
+        kernels = {n: math.prod(x.shape) for n, x in named.items() if n.endswith("kernel")}
+        told = sum(n for name, n in kernels.items() if re.search(r"^time/|modulation/", name))
+        products = told + (sum(kernels.values()) - told) * self.length
+        attention = 12 * self.length**2 * self.width * self.depth
+        return self.batch * (6.0 * products + attention)
+
+
 def _trunk(width: int, depth: int, heads: int, **more: Any) -> Transformer:
     # MLPs with the tanh form of GELU, as GPT-2; ViT's exact one costs the same within noise.
     return Transformer(width, depth, heads, mlp="gelu_tanh", dtype="bfloat16", **more)
@@ -86,10 +150,12 @@ TRAININGS = (
     Training("GPT-2 124M", _trunk(768, 12, 12), 32, 1024, vocabulary=50304),
     Training("ViT-L/16 224", _trunk(1024, 24, 16), 256, 197, image=224),
     Training("GPT 1.3B", _trunk(2048, 24, 16), 8, 2048, vocabulary=50304),
+    Denoising("DiT-XL/2", 1152, 28, 16, batch=256, side=32),
 )
 TINY = (
     Training("tiny GPT", _trunk(16, 2, 2), 2, 16, vocabulary=32),
     Training("tiny ViT", _trunk(16, 2, 2), 2, 5, image=8, patch=4),
+    Denoising("tiny DiT", 16, 2, 2, batch=2, side=8, classes=5),
 )
 
 
@@ -113,27 +179,24 @@ def measure(stage: Stage) -> None:
         stage.add(case, timing, flops, **notes)
 
 
-def _explain(training: Training) -> str:
-    heads = training.trunk.heads
-    shape = (training.batch, training.length, heads, training.trunk.width // heads)
+def _explain(training: Training | Denoising) -> str:
+    trunk = training.trunk if isinstance(training, Training) else training
+    shape = (training.batch, training.length, trunk.heads, trunk.width // trunk.heads)
     x = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
     return explain(*x, mask=Causal() if training.causal else Full())
 
 
-def _run(training: Training, notes: dict[str, Any]) -> Run:
+def _run(training: Training | Denoising, notes: dict[str, Any]) -> Run:
     """A jitted AdamW step that keeps its state to itself; notes the FLOPs and parameters."""
-    model, (inputs, labels) = training.model(), training.data()
-    params = jax.jit(model.init)(jax.random.key(1), inputs[:1])["params"]
+    inputs, labels = training.data()
+    params = jax.jit(training.init)(jax.random.key(1), inputs[:1])
     notes["parameters"] = sum(x.size for x in jax.tree.leaves(params))
     notes["flops"] = training.flops(params)
     optimiser = optax.adamw(1e-4)
 
-    def loss(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
-        return cross_entropy(model.apply({"params": params}, inputs), labels).mean()
-
     def step(state: Any, inputs: jax.Array, labels: jax.Array) -> Any:
         params, moments = state
-        value, grads = jax.value_and_grad(loss)(params, inputs, labels)
+        value, grads = jax.value_and_grad(training.loss)(params, inputs, labels)
         updates, moments = optimiser.update(grads, moments, params)
         return (optax.apply_updates(params, updates), moments), value
 

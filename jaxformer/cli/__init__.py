@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "convert":
             sub.add_argument("--layers", choices=("stacked", "unrolled"))
 
-    sub = verb("sample", checkpoints.sample, "continue a prompt with a trained model")
+    sub = verb("sample", checkpoints.sample, "continue a prompt, or draw pictures")
     sub.add_argument("--workdir", required=True)
     sub.add_argument("--step", type=int)
     sub.add_argument("--prompt", action="append", help="may be given several times")
@@ -168,6 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-p", type=float)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--stream", action="store_true", help="print tokens as they come")
+    pictures = sub.add_argument_group("of a run that denoises; defaults are its config's")
+    pictures.add_argument("--output", help="default: samples.png in the run's folder")
+    pictures.add_argument("--size", help="32 or 32x48 (height x width): not only that trained on")
+    pictures.add_argument("--labels", help="0,1,2: classes of the columns")
+    pictures.add_argument("--guidance", type=float, help="1: none")
+    pictures.add_argument("--steps", type=int, help="of the sampler")
+    pictures.add_argument("--rows", type=int)
+    pictures.add_argument("--columns", type=int)
 
     sub = verb("reproduce", papers.reproduce, "measure the claims of a paper")
     sub.add_argument("paper", help="a paper, or all")

@@ -79,13 +79,17 @@ def convert(options: argparse.Namespace, _: Any) -> None:
 def sample(options: argparse.Namespace, _: Any) -> None:
     import jax
 
-    from jaxformer.recipe import Generates
+    from jaxformer.recipe import Denoises, Generates
     from jaxformer.sampling.autoregressive import generate
     from jaxformer.tools.subject import open_subject, run_prompt
 
     subject = open_subject(options.workdir, options.step)
+    if isinstance(subject.task, Denoises):
+        return _draw(options)
     if not isinstance(subject.task, Generates):
-        raise ConfigError(f"sample: {subject.name} is no language model; it cannot generate")
+        raise ConfigError(
+            f"sample: {subject.name} is neither a language model nor one that denoises"
+        )
     prompts = options.prompt or [run_prompt(options.workdir)]
 
     if options.stream and len(prompts) > 1:
@@ -122,3 +126,36 @@ def sample(options: argparse.Namespace, _: Any) -> None:
         return
     for prompt, text in zip(prompts, texts, strict=True):
         print(prompt + text)
+
+
+def _draw(options: argparse.Namespace) -> None:
+    from jaxformer.tools.draw import draw_run
+
+    changes = {name: getattr(options, name) for name in ("guidance", "steps", "rows", "columns")}
+    print(
+        draw_run(
+            options.workdir,
+            step=options.step,
+            output=options.output,
+            size=_numbers("size", options.size, "x", 2),
+            labels=_numbers("labels", options.labels, ","),
+            seed=options.seed,
+            **changes,
+        )
+    )
+
+
+def _numbers(flag: str, text: str | None, between: str, count: int | None = None) -> Any:
+    """Whole numbers with `between` between them; one number counts as `count` equal ones."""
+    if text is None:
+        return None
+    try:
+        found = tuple(int(word) for word in text.split(between))
+    except ValueError:
+        found = ()
+    if count and len(found) == 1:
+        found *= count
+    if not found or (count and len(found) != count):
+        form = f"32 or 32{between}48" if count else f"0{between}1{between}2"
+        raise ConfigError(f"{flag}={text!r}: must read like {form}")
+    return found

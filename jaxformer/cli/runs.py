@@ -33,7 +33,8 @@ def train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
     from jaxformer.observe.trace import traced_steps
     from jaxformer.parallel import multihost
     from jaxformer.parallel.mesh import make_mesh
-    from jaxformer.recipe import Generates
+    from jaxformer.recipe import Denoises, Generates
+    from jaxformer.storage.places import place
     from jaxformer.train.fit import FitOptions, fit
     from jaxformer.train.states import restore_averaged
 
@@ -63,9 +64,16 @@ def train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
                 key=state.key,
             )
         samples = [prompt + text]
+    pictures = []
+    if isinstance(recipe.task, Denoises) and "sample" in config:
+        from jaxformer.tools.draw import FILE, draw
+
+        with jax.set_mesh(mesh):
+            pictures = [draw(recipe, state, place(workdir) / FILE, key=state.key)]
     count = parameter_count(state.params)
     if jax.process_index() == 0:
-        print(training_report(recipe, workdir, parameters=count, samples=samples))
+        how = {"parameters": count, "samples": samples, "pictures": pictures}
+        print(training_report(recipe, workdir, **how))
     multihost.finish()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxformer.data.base import Example
 from jaxformer.recipe import ConfigError
 
-__all__ = ["Enlarge", "Normalize", "RandomCrop", "RandomFlip"]
+__all__ = ["Enlarge", "Normalize", "RandomCrop", "RandomFlip", "RowSeed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,3 +73,11 @@ class Enlarge:
                 f"data.image_size={self.size}: must be a multiple of {len(example['image'])}"
             )
         return {**example, "image": example["image"].repeat(times, 0).repeat(times, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSeed:
+    """Adds "seed" (uint32), from which a task draws for the row, whatever rows are beside it."""
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        return {**example, "seed": np.uint32(rng.integers(2**32))}

@@ -100,8 +100,12 @@ def training_report(
     *,
     parameters: int,
     samples: Sequence[str] = (),
+    pictures: Sequence[epath.Path] = (),
 ) -> epath.Path:
-    """`report.md` with curves, evaluations, speed, samples and the config; returns its path."""
+    """`report.md` with curves, evaluations, speed, samples and the config; returns its path.
+
+    `pictures` are files of drawn examples, such as PNGs.
+    """
     folder = place(workdir)
     rows = read_jsonl(folder / "metrics.jsonl")
     speeds = [row["items_per_second"] for row in rows if "items_per_second" in row]
@@ -127,6 +131,8 @@ def training_report(
     for sample in samples:
         fence = "````"
         text += ["## Sample", "", fence, sample, fence, ""]
+    for picture in pictures:
+        text += [f"![{picture.stem}]({relative(picture, folder)})", ""]
     text += ["## Config", "", "```json", json.dumps(recipe.config, indent=2), "```"]
     path = folder / "report.md"
     path.write_text("\n".join(text) + "\n")

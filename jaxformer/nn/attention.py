@@ -7,6 +7,7 @@ that must see or change them. `jaxformer.nn.make.swap(model, Fused, Unfused)` go
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -19,7 +20,7 @@ from jaxformer.kernels.attention import operands as ops
 from jaxformer.kernels.attention.masks import positions_operand
 from jaxformer.kernels.attention.mods import drop, seed_of
 from jaxformer.nn.cache import KVCache
-from jaxformer.nn.einsum import Einsum
+from jaxformer.nn.einsum import Einsum, KernelInit, fan_in_normal
 from jaxformer.nn.make import Make
 from jaxformer.nn.position import At, Joins, Mods, Position, Scheme, stream_positions
 
@@ -131,6 +132,23 @@ class Unfused(nn.Module):
         return Mix(name="mix")(p_BxHxLxS, v_BxSxHxK)
 
 
+@dataclasses.dataclass(frozen=True)
+class LogLength:
+    """A scale of scores for sequences longer than those trained on: K^-0.5 sqrt(ln S / ln trained).
+
+    It keeps the entropy of attention about where it was (Jin et al. 2023, arXiv 2306.08645).
+    """
+
+    trained: int  # keys of a sequence in training
+
+    def __post_init__(self) -> None:
+        if self.trained < 2:
+            raise ConfigError(f"LogLength.trained={self.trained}: must be at least 2 positions")
+
+    def __call__(self, keys: int, head_size: int) -> float:
+        return math.sqrt(math.log(keys) / math.log(self.trained) / head_size)
+
+
 class Attention(nn.Module):
     """Multi-head softmax attention, a `jaxformer.nn.block.Mixer`.
 
@@ -146,13 +164,14 @@ class Attention(nn.Module):
     heads: int
     kv_heads: int | None = None
     head_size: int | None = None
-    scale: float | None = None  # of the scores; None: head_size ** -0.5
+    scale: float | LogLength | None = None  # of the scores; None: head_size ** -0.5
     position: Make = Make(Position)
     window: Mask = FULL
     use_bias: bool = True
     out_bias: bool | None = None  # None: as use_bias
     dropout: float = 0.0
     core: Make = Make(Fused)
+    kernel_init: KernelInit = fan_in_normal
 
     @nn.compact
     def __call__(
@@ -170,7 +189,10 @@ class Attention(nn.Module):
         kv_heads, head_size = head_sizes(width, self.heads, self.kv_heads, self.head_size)
 
         def project(x: jax.Array, heads: int, name: str) -> jax.Array:
-            return Einsum("...D,DHK->...HK", (heads, head_size), self.use_bias, name=name)(x)
+            equation = "...D,DHK->...HK"
+            init = self.kernel_init(equation)
+            features = (heads, head_size)
+            return Einsum(equation, features, self.use_bias, kernel_init=init, name=name)(x)
 
         source_BxSxD = x_BxLxD if kv_BxSxD is None else kv_BxSxD
         q_BxLxHxK = project(x_BxLxD, self.heads, "query")
@@ -203,7 +225,9 @@ class Attention(nn.Module):
             train=train,
         )
         out_bias = self.use_bias if self.out_bias is None else self.out_bias
-        return Einsum("...HK,HKD->...D", (width,), out_bias, name="out")(y_BxLxHxK)
+        equation = "...HK,HKD->...D"
+        init = self.kernel_init(equation)
+        return Einsum(equation, (width,), out_bias, kernel_init=init, name="out")(y_BxLxHxK)
 
     def attend(
         self,
@@ -220,8 +244,11 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """(B, L, H, K) of what was projected; `q_pos` and `k_pos` are what the mask goes by."""
         scale = self.scale
-        if scale is None and isinstance(scheme, Joins):  # queries may be wider than values
-            scale = v_BxSxGxK.shape[-1] ** -0.5
+        head_size = v_BxSxGxK.shape[-1]  # a scheme may have joined more to queries and keys
+        if isinstance(scale, LogLength):
+            scale = scale(k_BxSxGxK.shape[1], head_size)
+        elif scale is None and isinstance(scheme, Joins):
+            scale = head_size**-0.5
         return self.core(name="core")(
             q_BxLxHxK,
             k_BxSxGxK,

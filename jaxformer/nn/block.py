@@ -163,11 +163,15 @@ class CrossBlock(nn.Module):
         return constrain(x_BxLxD, ("batch", "length", "embed"))
 
 
+class PerLayer(tuple):
+    """An argument of a stack, by keyword, that is another one for each of its blocks."""
+
+
 class Stack(nn.Module):
     """Blocks one after another, each with parameters of its own: "block_0", "block_1", ...
 
     `remat` names what the backward pass computes again (`jaxformer.nn.remat`). All arguments after
-    the stream reach every block.
+    the stream reach every block; of a `PerLayer` each receives its own.
     """
 
     blocks: tuple[Make, ...]
@@ -175,11 +179,13 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        def call(block: nn.Module, x_BxLxD: jax.Array) -> jax.Array:
-            return block(x_BxLxD, *args, **kwargs)
-
-        call = rematerialised(call, self.remat, in_loop=False)
         for i, block in enumerate(self.blocks):
+            own = {name: x[i] if isinstance(x, PerLayer) else x for name, x in kwargs.items()}
+
+            def call(block: nn.Module, x_BxLxD: jax.Array, own: Any = own) -> jax.Array:
+                return block(x_BxLxD, *args, **own)
+
+            call = rematerialised(call, self.remat, in_loop=False)
             x_BxLxD = call(block(name=f"block_{i}"), x_BxLxD)
         return x_BxLxD
 
@@ -197,6 +203,15 @@ class ScannedStack(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        for name, x in kwargs.items():
+            if isinstance(x, PerLayer):
+                if any(other != x[0] for other in x[1:]):
+                    raise ConfigError(
+                        f"model.scan=True: scanned blocks are alike, but {name!r} differs by "
+                        "layer; set model.scan=False"
+                    )
+                kwargs[name] = x[0]
+
         def call(block: nn.Module, x_BxLxD: jax.Array, _: None) -> tuple[jax.Array, None]:
             return block(x_BxLxD, *args, **kwargs), None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ from flax import linen as nn
 from jaxformer.kernels.target import target
 
 Initializer = jax.nn.initializers.Initializer
+KernelInit = Callable[[str], Initializer]  # of an equation
 
 
 class Axes(NamedTuple):
@@ -91,11 +94,31 @@ class Einsum(nn.Module):
 
 def fan_in_normal(equation: str, scale: float = 1.0) -> Initializer:
     """A truncated normal of variance scale / fan-in, the fan-in read from the equation."""
+    return jax.nn.initializers.variance_scaling(
+        scale, "fan_in", "truncated_normal", *_roles(equation)
+    )
+
+
+def xavier_uniform(equation: str, maps: int = 1) -> Initializer:
+    """Uniform with variance 2 / (fan-in + fan-out) (Glorot & Bengio 2010, section 4.2).
+
+    `maps` equal ones count as one map with so many times the outputs.
+    """
+    axes_in, axes_out, _ = _roles(equation)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        fan_in, fan_out = (math.prod(shape[i] for i in axes) for axes in (axes_in, axes_out))
+        bound = math.sqrt(6 / (fan_in + maps * fan_out))
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def _roles(equation: str) -> tuple[list[int], list[int], list[int]]:
+    """The axes of a kernel: inputs, outputs, and those of separate maps."""
     axes = Axes.of(equation)
     role: dict[str, list[int]] = {"in": [], "out": [], "batch": []}
     for i, axis in enumerate(axes.kernel):
         shared = axis in axes.x and axis in axes.out
         role["batch" if shared else "in" if axis in axes.x else "out"].append(i)
-    return jax.nn.initializers.variance_scaling(
-        scale, "fan_in", "truncated_normal", role["in"], role["out"], role["batch"]
-    )
+    return role["in"], role["out"], role["batch"]

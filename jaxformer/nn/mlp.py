@@ -6,7 +6,7 @@ import jax
 from flax import linen as nn
 
 from jaxformer.nn.activation import GELU, SILU
-from jaxformer.nn.einsum import Einsum
+from jaxformer.nn.einsum import Einsum, KernelInit, fan_in_normal
 from jaxformer.nn.make import Make
 
 
@@ -16,14 +16,19 @@ class MLP(nn.Module):
     hidden: int
     activation: Make = GELU
     use_bias: bool = True
+    kernel_init: KernelInit = fan_in_normal
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, *, train: bool = False) -> jax.Array:
         del train
-        h_BxLxF = Einsum("...D,DF->...F", (self.hidden,), self.use_bias, name="up")(x_BxLxD)
+
+        def linear(equation: str, features: int, name: str) -> Einsum:
+            init = self.kernel_init(equation)
+            return Einsum(equation, (features,), self.use_bias, kernel_init=init, name=name)
+
+        h_BxLxF = linear("...D,DF->...F", self.hidden, "up")(x_BxLxD)
         h_BxLxF = self.activation(name="activation")(h_BxLxF)
-        width = x_BxLxD.shape[-1]
-        return Einsum("...F,FD->...D", (width,), self.use_bias, name="down")(h_BxLxF)
+        return linear("...F,FD->...D", x_BxLxD.shape[-1], "down")(h_BxLxF)
 
 
 class GatedMLP(nn.Module):

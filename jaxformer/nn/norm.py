@@ -16,6 +16,7 @@ class LayerNorm(Norm):
 
     epsilon: float = 1e-5
     use_bias: bool = True
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -23,7 +24,8 @@ class LayerNorm(Norm):
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-        y = y * self.param("scale", jax.nn.initializers.ones, width, jnp.float32)
+        if self.use_scale:
+            y = y * self.param("scale", jax.nn.initializers.ones, width, jnp.float32)
         if self.use_bias:
             y = y + self.param("bias", jax.nn.initializers.zeros, width, jnp.float32)
         return y.astype(x.dtype)

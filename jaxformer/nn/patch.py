@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.errors import ConfigError
-from jaxformer.nn.einsum import Einsum
+from jaxformer.nn.einsum import Einsum, KernelInit, fan_in_normal
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
 
@@ -27,13 +27,15 @@ class PatchEmbed(nn.Module):
     patch: int
     width: int
     dtype: Any = jnp.float32
+    kernel_init: KernelInit = fan_in_normal
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool = False) -> jax.Array:
         del train
         patches = split_patches(image, self.patch)
-        project = Einsum("...PQC,PQCD->...D", (self.width,), dtype=self.dtype, name="projection")
-        return project(patches)
+        equation = "...PQC,PQCD->...D"
+        options = {"dtype": self.dtype, "kernel_init": self.kernel_init(equation)}
+        return Einsum(equation, (self.width,), name="projection", **options)(patches)
 
 
 def split_patches(image: jax.Array, patch: int) -> jax.Array:

@@ -41,6 +41,39 @@ class LinearScaling(Frequencies):
 
 
 @dataclasses.dataclass(frozen=True)
+class BaseScaling(Frequencies):
+    """A larger base, so that the slowest component is divided by `factor`, the fastest kept.
+
+    base factor^(K / (K - 2)), known as NTK-aware scaling (bloc97, 2023).
+    """
+
+    factor: float = 1.0
+
+    def of(self, size: int) -> np.ndarray:
+        base = self.base * self.factor ** (size / (size - 2))
+        return base ** (-np.arange(0, size, 2) / size)
+
+
+@dataclasses.dataclass(frozen=True)
+class RIFLEx(Frequencies):
+    """One component is slowed down (Zhao et al. 2025, arXiv 2502.15894).
+
+    It is the one whose period is nearest to the `length` trained on, in whose repetition contents
+    repeat; of sequences `factor` times as long, one period then covers all.
+    """
+
+    factor: float = 1.0
+    length: int = 1
+
+    def of(self, size: int) -> np.ndarray:
+        plain = super().of(size).copy()
+        slowest = 2 * math.pi / (self.factor * self.length)
+        at = np.argmin(np.abs(2 * math.pi / plain - self.length))
+        plain[at] = min(plain[at], slowest)
+        return plain
+
+
+@dataclasses.dataclass(frozen=True)
 class DynamicScaling(Frequencies):
     """The base grows once a sequence is longer than the `length` trained on ("dynamic NTK").
 

@@ -6,13 +6,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import numpy as np
-
-from jaxformer.data.base import DeviceData, Epoch, Example, IndexedData
+from jaxformer.data.base import DeviceData, Epoch, IndexedData
 from jaxformer.data.sources.image import digits
 from jaxformer.data.sources.listops import CLASSES, TOKENS, ListOps
 from jaxformer.data.sources.recall import Recall
 from jaxformer.data.sources.text import Text
+from jaxformer.data.transforms import Enlarge
 from jaxformer.errors import ConfigError
 from jaxformer.models.encoder import token_classifier
 from jaxformer.models.lm import decoder_lm
@@ -71,16 +70,6 @@ def _side(length: int) -> int:
     return side
 
 
-def _enlarge(length: int) -> Callable[[Example, np.random.Generator], Example]:
-    times = _side(length) // 8
-
-    def enlarged(example: Example, _: np.random.Generator) -> Example:
-        image = example["image"].repeat(times, 0).repeat(times, 1)
-        return {**example, "image": image}
-
-    return enlarged
-
-
 def _pairs(length: int) -> Recall:
     """A sixteenth of the sequence are keys, at most 64 of them."""
     return Recall(length, min(length // 16, 64), 257)
@@ -120,7 +109,9 @@ TESTBEDS = {
         "8x8 digits, enlarged, pixel by pixel: accuracy (guessing: 10 %)",
         "accuracy",
         _image,
-        lambda length, rows, seed: IndexedData(digits("train"), rows, seed, [_enlarge(length)]),
-        lambda length, rows: Epoch(digits("test"), rows, transforms=[_enlarge(length)]),
+        lambda length, rows, seed: IndexedData(
+            digits("train"), rows, seed, [Enlarge(_side(length))]
+        ),
+        lambda length, rows: Epoch(digits("test"), rows, transforms=[Enlarge(_side(length))]),
     ),
 }
