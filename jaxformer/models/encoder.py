@@ -25,7 +25,8 @@ class Encoder(nn.Module):
 
     `class_tokens` learned vectors go in front of the sequence; `embed_norm` is of the sum of
     embedding and position; `scheme` makes a position scheme that all layers share. Positions that
-    are not `valid` are padding: nobody attends to them.
+    are not `valid` are padding: nobody attends to them. Modules inserted between blocks are handed
+    the bound `position`, which they may add again.
     """
 
     embed: Make
@@ -58,8 +59,9 @@ class Encoder(nn.Module):
         if valid_BxL is not None:
             front = jnp.ones((batch, self.class_tokens), bool)
             mask = mask & KeyPadding(jnp.concatenate([front, valid_BxL], axis=1))
-        if self.position is not None:
-            x_BxLxD = self.position(name="position")(x_BxLxD, positions)
+        position = None if self.position is None else self.position(name="position")
+        if position is not None:
+            x_BxLxD = position(x_BxLxD, positions)
         if self.embed_norm is not None:
             x_BxLxD = self.embed_norm(name="embed_norm")(x_BxLxD)
         x_BxLxD = Dropout(self.dropout, name="dropout")(x_BxLxD, train=train)
@@ -67,6 +69,8 @@ class Encoder(nn.Module):
         options = {"positions": positions, "train": train}
         if self.scheme is not None:
             options["scheme"] = shared_scheme(self.scheme(name="scheme"), x_BxLxD, **options)
+        if dict(self.stack.arguments).get("inserts"):
+            options["between"] = {"position": position}
         x_BxLxD = self.stack(name="stack")(x_BxLxD, mask=mask, **options)
         return x_BxLxD if self.norm is None else self.norm(name="norm")(x_BxLxD)
 

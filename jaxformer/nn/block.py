@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -171,15 +172,26 @@ class Stack(nn.Module):
     """Blocks one after another, each with parameters of its own: "block_0", "block_1", ...
 
     `remat` names what the backward pass computes again (`jaxformer.nn.remat`). All arguments after
-    the stream reach every block; of a `PerLayer` each receives its own.
+    the stream reach every block; of a `PerLayer` each receives its own. `inserts` are modules from
+    stream to stream, each before the block of its number; what they are told beside is `between`.
     """
 
     blocks: tuple[Make, ...]
     remat: str = "none"
+    inserts: tuple[tuple[int, Make], ...] = ()
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(
+        self,
+        x_BxLxD: jax.Array,
+        *args: Any,
+        between: Mapping[str, Any] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> jax.Array:
+        inserts = dict(self.inserts)
         for i, block in enumerate(self.blocks):
+            if i in inserts:
+                x_BxLxD = inserts[i](name=f"insert_{i}")(x_BxLxD, **between)
             own = {name: x[i] if isinstance(x, PerLayer) else x for name, x in kwargs.items()}
 
             def call(block: nn.Module, x_BxLxD: jax.Array, own: Any = own) -> jax.Array:
@@ -188,6 +200,20 @@ class Stack(nn.Module):
             call = rematerialised(call, self.remat, in_loop=False)
             x_BxLxD = call(block(name=f"block_{i}"), x_BxLxD)
         return x_BxLxD
+
+
+def insert(stack: Make, at: int, module: Make) -> Make:
+    """`stack` with `module` before its block number `at`; the names of its blocks stay.
+
+    Raises:
+        ConfigError: a scanned stack, or one without such a block.
+    """
+    if stack.cls is not Stack:
+        raise ConfigError("model.scan=True: scanned blocks are alike, none can follow an insert")
+    parts = dict(stack.arguments)
+    if not 0 <= at < len(parts["blocks"]):
+        raise ConfigError(f"insert at {at}: the stack has blocks 0 to {len(parts['blocks']) - 1}")
+    return stack.replace(inserts=(*parts.get("inserts", ()), (at, module)))
 
 
 class ScannedStack(nn.Module):
