@@ -39,11 +39,11 @@ def get_config(preset: str) -> ConfigDict:
         "validation": 0.05,
         "length": 256,
     }
-    config.dense = {"share": 0.08, "rate_scale": 0.1}  # of the steps, with all keys, at the end
+    config.dense = {"share": 0.3, "rate_scale": 0.5}  # of the steps, with all keys, at the end
     config.ensemble = {"passes": 20}  # at evaluation; 0: none
     config.sample = {"prompt": "def ", "length": 200, "temperature": 0.7}
     config.optim.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, final=0.1)
-    config.update({"steps": 600, "batch_size": 50})
+    config.update({"steps": 700, "batch_size": 50})
     if preset == "tiny":
         config.update({"steps": 40, "batch_size": 8})
         config.model.update({"width": 32, "depth": 2, "heads": 2, "hidden": 64})
@@ -52,10 +52,10 @@ def get_config(preset: str) -> ConfigDict:
         config.ensemble.passes = 3
         config.evaluate.batches = 4
     elif preset in ("text", "paper"):
-        config.update({"steps": 400, "batch_size": 16})
+        config.update({"steps": 300, "batch_size": 16})
         config.data.task = "text"
         config.model.draw = "local"
-        config.dense.share = 0.05
+        config.dense.share = 0.1
         config.ensemble.passes = 0
         config.optim.weight_decay = 0.1
         config.evaluate.batches = 32

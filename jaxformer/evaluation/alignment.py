@@ -5,7 +5,18 @@ Metrics of Sermanet et al. 2018 (arXiv 1704.06888) and Dwibedi et al. 2019 (arXi
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from jaxformer.parallel.multihost import everywhere
+from jaxformer.parallel.sharding import host_rows, place_batch
+from jaxformer.recipe import Batch, Data, EvalContext, Predicts, TrainState
+from jaxformer.train.states import on_device
 
 
 def nearest(z1: np.ndarray, z2: np.ndarray) -> np.ndarray:
@@ -33,3 +44,36 @@ def kendalls_tau(z1: np.ndarray, z2: np.ndarray) -> float:
     found = nearest(z1, z2)
     i, j = np.triu_indices(len(found), 1)
     return float(2 * (found[i] < found[j]).mean() - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """Alignment error, cycle error and Kendall's tau, means over `batches` batches of film pairs.
+
+    `films` gives {"frames": (B, 2, l, H, W, C)}; all of a finite one if `batches` is None.
+    """
+
+    task: Predicts
+    films: Data
+    batches: int | None = None
+    every: int | Literal["phase_end", "end"] = "end"
+    name: str = "alignment"
+    metrics: tuple[Callable[[Any, Any], float], ...] = (alignment_error, cycle_error, kendalls_tau)
+
+    def __call__(self, state: TrainState, context: EvalContext) -> dict[str, float]:
+        @jax.jit
+        def embed(batch: Batch) -> tuple[jax.Array, jax.Array]:
+            batch = on_device(self.films, batch)
+            z = self.task.predict(state.params, state.extra, batch, key=jax.random.key(0))
+            return z, jnp.asarray(batch.get("weight", jnp.ones(len(z))))
+
+        count = len(self.films) if self.batches is None else self.batches  # type: ignore[arg-type]
+        rows, found = host_rows(self.films, context.mesh), []
+        for index in range(count):
+            context.alive()
+            batch = self.films.batch(index, rows)
+            z, weight = embed(place_batch(batch, context.mesh, self.films.batch_size))
+            pairs, weight = everywhere(z), everywhere(weight)
+            found += [[m(*pair) for m in self.metrics] for pair in pairs[weight > 0]]
+        means = np.mean(found, axis=0)
+        return {m.__name__: float(x) for m, x in zip(self.metrics, means, strict=True)}

@@ -184,6 +184,11 @@ def all_say(yes: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(yes)))) if several() else yes
 
 
+def everywhere(x: jax.Array) -> np.ndarray:
+    """The whole of an array that lies across the processes, in each of them."""
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True) if several() else x)
+
+
 def told_to_stop(step: int) -> bool:
     """Whether some process was told to stop (SIGTERM) and all have agreed on this step for it."""
     return several() and multihost_utils.reached_preemption_sync_point(step)

@@ -40,7 +40,7 @@ class AlignTask:
     """The time-contrastive loss of `model`, which embeds images (B, H, W, C) as (B, D).
 
     Batches are {"views": (B, 2, 3, H, W, C)}: anchor, positive and negative in two views. It also
-    `Predicts`: embeddings (B, F, D) of {"frames": (B, F, H, W, C)}.
+    `Predicts`: embeddings (B, ..., D) of {"frames": (B, ..., H, W, C)}.
     """
 
     model: nn.Module
@@ -62,6 +62,6 @@ class AlignTask:
 
     def predict(self, params: Params, extra: Extra, batch: Batch, *, key: jax.Array) -> Any:
         frames = jnp.asarray(batch["frames"])
-        images = frames.reshape(-1, *frames.shape[2:])
+        images = frames.reshape(-1, *frames.shape[-3:])
         z, _ = linen.apply(self.model, params, extra, images, key=key, train=False)
-        return z.reshape(*frames.shape[:2], -1)
+        return z.reshape(*frames.shape[:-3], -1)

@@ -86,18 +86,25 @@ class ImageFolder:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
-        from PIL import Image, ImageOps
-
         path, label = self._files[index]
-        try:
-            with Image.open(path) as file:
-                file.draft(self.mode, (self.size, self.size))  # JPEG: decode at a fraction
-                image = ImageOps.exif_transpose(file).convert(self.mode)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
-            raise ConfigError(
-                f"data.root: {str(path)!r} cannot be read as an image ({error}); "
-                "repair or remove it"
-            ) from error
-        image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
-        pixels = np.asarray(image, np.float32).reshape(self.size, self.size, -1) / 255
-        return {"image": pixels, "label": np.int32(label)}
+        return {"image": read_image(path, self.size, self.mode), "label": np.int32(label)}
+
+
+def read_image(path: Path, size: int, mode: Literal["RGB", "L"] = "RGB") -> np.ndarray:
+    """(size, size, C) float32 in [0, 1], scaled to cover the square and cut at its centre.
+
+    Raises:
+        ConfigError: the file is no image; names it.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            file.draft(mode, (size, size))  # JPEG: decode at a fraction
+            image = ImageOps.exif_transpose(file).convert(mode)
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+        raise ConfigError(
+            f"data.root: {str(path)!r} cannot be read as an image ({error}); repair or remove it"
+        ) from error
+    image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image, np.float32).reshape(size, size, -1) / 255

@@ -53,9 +53,9 @@ def digits(lab: Lab) -> Findings:
         for name in rows[0]
         if name not in ("trained on", "seed")
     }
-    dense, drawn = mean["dense", "dense, tuned"], mean["unbiased", "dense, tuned"]
+    dense = max(mean["dense", "dense"], mean["dense", "dense, tuned"])
     values = {
-        "points_above_dense": drawn - dense,
+        "points_above_dense": mean["unbiased", "dense, tuned"] - dense,
         "ensemble_above_one_pass": mean["unbiased", "ensemble"] - mean["unbiased", "one pass"],
         "ensemble_above_dense_pass": mean["unbiased", "ensemble"] - mean["unbiased", "dense"],
     }
@@ -76,25 +76,53 @@ def _bars(lab: Lab, at: dict[str, float]) -> Path:
 
 def text(lab: Lab) -> Findings:
     """A byte language model, dense and on local draws with a short dense end."""
-    found, flops = {}, {}
+    found = {}
     for draw in ("dense", "local"):
         recipe = lab.load(f"{lab.paper}:text", seed=lab.seed, model__draw=draw)
         found[draw] = [row["dense"]["loss"] for row in measured(lab, recipe)]
-        flops[draw] = _attention_flops(recipe)
     rows = [
         {"trained on": draw, "nats per byte": losses[-1], "before the dense end": losses[0]}
         for draw, losses in found.items()
     ]
-    values = {
-        "nats_above_dense": found["local"][-1] - found["dense"][-1],
-        "attention_of_dense": flops["local"] / flops["dense"],
-    }
+    values = {"nats_above_dense": found["local"][-1] - found["dense"][-1]}
     return Findings(values, {"Bytes of Python's library": rows}, [])
 
 
-def _attention_flops(recipe: Recipe) -> float:
-    """FLOPs of a training step of the first phase beyond those that do not grow with L^2."""
-    raise NotImplementedError
-
-
-CLAIMS: tuple[Claim, ...] = ()
+CLAIMS = (
+    Claim(
+        says="A model that trained on a quarter of the keys, then shortly on all, tells digits at "
+        "least as well as one that always saw all (points of accuracy, mean of three).",
+        source="table 3: Swin-T on ImageNet, 81.89 against 81.3",
+        experiment=digits,
+        value="points_above_dense",
+        at_least=-0.5,
+        baseline="as many steps on all keys, at its better moment",
+    ),
+    Claim(
+        says="Pathways are an ensemble: 20 passes on drawn keys, averaged, do better than one "
+        "(points).",
+        source="section 3.3, self-ensembling",
+        experiment=digits,
+        value="ensemble_above_one_pass",
+        at_least=0.5,
+        baseline="one pass on drawn keys",
+    ),
+    Claim(
+        says="They do at least as well as one pass on all keys before any training on all "
+        "(points).",
+        source="section 3.3; PCQM4Mv2, 0.0865 against 0.0876",
+        experiment=digits,
+        value="ensemble_above_dense_pass",
+        at_least=0.0,
+        baseline="the same model on all keys",
+    ),
+    Claim(
+        says="A language model on locally drawn keys, a quarter of them, and a short dense end "
+        "reaches the loss of dense training (nats per byte above it).",
+        source="table 1: enwik8",
+        experiment=text,
+        value="nats_above_dense",
+        at_most=0.02,
+        baseline="as many steps on all keys",
+    ),
+)
