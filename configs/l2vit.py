@@ -36,7 +36,7 @@ def get_config(preset: str) -> ConfigDict:
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"widths": (8, 16), "window": 7, "classes": 10})
         config.data.update({"task": "digits", "image_size": 32})
-        config.optim.warmup_steps = 5
+        config.optim.update(learning_rate=1e-3, warmup_steps=5)
         config.evaluate.batches = 4
     elif preset.startswith("paper"):
         paper(config, preset)
