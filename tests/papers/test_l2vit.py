@@ -234,7 +234,7 @@ def test_cues_are_what_they_say():
     seen = [{tuple(pixel) for pixel in row[at]} for row, at in zip(image, pure, strict=True)]
     np.testing.assert_array_equal([len(colours) == 1 for colours in seen], label % 2 == 1)
     spread = [np.ptp(np.argwhere(at), axis=0).max() for at in pure]
-    assert min(spread) >= 36
+    assert min(spread) >= 24 + 2 * 8 - 1
 
 
 @pytest.mark.parametrize("task", ["cues", "digits"])

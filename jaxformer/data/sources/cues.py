@@ -9,17 +9,18 @@ from jaxformer.recipe import ConfigError
 
 TEXTURES = 4
 CLASSES = 2 * TEXTURES
-PATCH, DOT, PERIOD = 12, 4, 4  # pixels
-COLOURS = np.eye(3, dtype=np.float32)
+PATCH, DOT, PERIOD = 12, 8, 4  # pixels
+COLOURS = np.eye(3, dtype=np.float32)[:2]
+NOISE = 0.02
 
 
 def cues(count: int, size: int = 48, seed: int = 0) -> Arrays:
     """{"image": (size, size, 3) float32, "label": int32} of `count` images; 8 classes.
 
     A patch of 12x12 pixels has one of four textures, stripes in three directions or a checkerboard,
-    of any phase: what a pixel's neighbours tell. Two dots of 4x4, each red, green or blue, at least
-    3/4 of the size apart along the rows or the columns, have the same colour in every second image:
-    what no neighbourhood tells. The label is twice the texture plus whether the colours are equal.
+    of any phase: what a pixel's neighbours tell. Two dots of 8x8, red or green, with at least half
+    of the size between them along the rows or the columns, have the same colour in every second
+    image: what no neighbourhood tells. The label is twice the texture plus whether they have.
 
     Raises:
         ConfigError: an image too small for the patch between the dots.
@@ -27,21 +28,20 @@ def cues(count: int, size: int = 48, seed: int = 0) -> Arrays:
     if size < 32:
         raise ConfigError(f"data.image_size={size}: must be at least 32")
     draw = np.random.default_rng([seed, size])
-    images = draw.normal(0.0, 0.1, (count, size, size, 3)).astype(np.float32)
+    images = draw.normal(0.0, NOISE, (count, size, size, 3)).astype(np.float32)
     texture, equal = draw.integers(TEXTURES, size=count), draw.integers(2, size=count)
     for image, kind, same in zip(images, texture, equal, strict=True):
         low, high = (size - PATCH) // 2 - 2, (size - PATCH) // 2 + 3  # around the middle
         top, left = draw.integers(low, high, size=2)
         image[top : top + PATCH, left : left + PATCH] += _texture(kind, draw.integers(PERIOD))
-        near = draw.integers(0, size // 8 - DOT + 1, size=2)
-        far = size - size // 8 + draw.integers(0, size // 8 - DOT + 1, size=2)
-        across = draw.integers(0, size - DOT + 1, size=2)
-        at = [(near[0], across[0]), (far[0], across[1])]
+        near = draw.integers(size // 4 - DOT + 1)
+        far = size - size // 4 + draw.integers(size // 4 - DOT + 1)
+        across = draw.integers(size - DOT + 1, size=2)
+        at = [(near, across[0]), (far, across[1])]
         if draw.integers(2):
             at = [place[::-1] for place in at]
-        first = draw.integers(3)
-        second = first if same else (first + 1 + draw.integers(2)) % 3
-        for (row, column), colour in zip(at, (first, second), strict=True):
+        first = draw.integers(2)
+        for (row, column), colour in zip(at, (first, first if same else 1 - first), strict=True):
             image[row : row + DOT, column : column + DOT] = COLOURS[colour]
     return Arrays({"image": images, "label": (2 * texture + equal).astype(np.int32)})
 
