@@ -31,7 +31,7 @@ def get_config(preset: str) -> ConfigDict:
         "root": "imagenet",  # of folder: has train/<class>/* and val/<class>/*
     }
     config.optim.update(learning_rate=3e-3, warmup_steps=50, weight_decay=0.05)
-    config.update({"steps": 800, "batch_size": 50})
+    config.update({"steps": 400, "batch_size": 50})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"widths": (8, 16), "window": 7, "classes": 10})

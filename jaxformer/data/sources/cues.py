@@ -1,4 +1,4 @@
-"""Images whose class is in two cues: a small texture, and whether two far dots have one colour."""
+"""Images whose class is in two cues: a small texture, and whether two far bars have one colour."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from jaxformer.recipe import ConfigError
 
 TEXTURES = 4
 CLASSES = 2 * TEXTURES
-PATCH, DOT, PERIOD = 12, 8, 4  # pixels
-COLOURS = np.eye(3, dtype=np.float32)[:2]
+PATCH, BAR, PERIOD = 12, 8, 4  # pixels
 NOISE = 0.02
 
 
 def cues(count: int, size: int = 48, seed: int = 0) -> Arrays:
     """{"image": (size, size, 3) float32, "label": int32} of `count` images; 8 classes.
 
-    A patch of 12x12 pixels has one of four textures, stripes in three directions or a checkerboard,
-    of any phase: what a pixel's neighbours tell. Two dots of 8x8, red or green, with at least half
-    of the size between them along the rows or the columns, have the same colour in every second
-    image: what no neighbourhood tells. The label is twice the texture plus whether they have.
+    A patch of 12x12 pixels around the middle has one of four textures, stripes in three directions
+    or a checkerboard, of any phase: what a pixel's neighbours tell. Two bars 8 pixels wide along
+    opposite borders, each red or green, have the same colour in every second image: what no
+    neighbourhood tells, and no sum over places either. The label is twice the texture plus whether
+    they have.
 
     Raises:
-        ConfigError: an image too small for the patch between the dots.
+        ConfigError: an image too small for the patch between the bars.
     """
     if size < 32:
         raise ConfigError(f"data.image_size={size}: must be at least 32")
@@ -31,18 +31,13 @@ def cues(count: int, size: int = 48, seed: int = 0) -> Arrays:
     images = draw.normal(0.0, NOISE, (count, size, size, 3)).astype(np.float32)
     texture, equal = draw.integers(TEXTURES, size=count), draw.integers(2, size=count)
     for image, kind, same in zip(images, texture, equal, strict=True):
-        low, high = (size - PATCH) // 2 - 2, (size - PATCH) // 2 + 3  # around the middle
-        top, left = draw.integers(low, high, size=2)
+        middle = (size - PATCH) // 2
+        top, left = draw.integers(middle - 2, middle + 3, size=2)
         image[top : top + PATCH, left : left + PATCH] += _texture(kind, draw.integers(PERIOD))
-        near = draw.integers(size // 4 - DOT + 1)
-        far = size - size // 4 + draw.integers(size // 4 - DOT + 1)
-        across = draw.integers(size - DOT + 1, size=2)
-        at = [(near, across[0]), (far, across[1])]
-        if draw.integers(2):
-            at = [place[::-1] for place in at]
         first = draw.integers(2)
-        for (row, column), colour in zip(at, (first, first if same else 1 - first), strict=True):
-            image[row : row + DOT, column : column + DOT] = COLOURS[colour]
+        turned = image if draw.integers(2) else image.swapaxes(0, 1)
+        turned[:BAR, :, first] += 1
+        turned[-BAR:, :, first if same else 1 - first] += 1
     return Arrays({"image": images, "label": (2 * texture + equal).astype(np.int32)})
 
 
