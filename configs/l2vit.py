@@ -11,9 +11,9 @@ def get_config(preset: str) -> ConfigDict:
     """Made images with a local and a global cue; digits for `tiny`; ImageNet for `paper*`."""
     config = base("l2vit")
     config.model = {
-        "widths": (16, 32),
-        "depths": (2, 2),
-        "heads": (1, 2),
+        "widths": (16,),
+        "depths": (2,),
+        "heads": (2,),
         "window": 3,
         "mlp_ratio": 4.0,
         "blocks": "mixed",  # mixed | window | global
@@ -26,15 +26,16 @@ def get_config(preset: str) -> ConfigDict:
     }
     config.data = {
         "task": "cues",  # cues | digits | folder
-        "image_size": 48,
+        "image_size": 96,
         "size": 4000,  # of cues: images to train on
         "root": "imagenet",  # of folder: has train/<class>/* and val/<class>/*
     }
-    config.optim.update(learning_rate=3e-3, warmup_steps=50, weight_decay=0.05)
-    config.update({"steps": 400, "batch_size": 50})
+    config.optim.update(learning_rate=6e-3, warmup_steps=50, weight_decay=0.05)
+    config.update({"steps": 900, "batch_size": 32})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
-        config.model.update({"widths": (8, 16), "window": 7, "classes": 10})
+        config.model.update({"widths": (8, 16), "depths": (2, 2), "heads": (1, 2)})
+        config.model.update({"window": 7, "classes": 10})
         config.data.update({"task": "digits", "image_size": 32})
         config.optim.update(learning_rate=1e-3, warmup_steps=5)
         config.evaluate.batches = 4

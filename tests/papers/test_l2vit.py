@@ -227,10 +227,10 @@ def test_the_authors_weights_become_a_run(tmp_path):
 
 
 def test_cues_are_what_they_say():
-    found = cues(400, seed=3).arrays
+    found = cues(400, 48, seed=3).arrays
     image, label = found["image"], found["label"]
     assert sorted(np.unique(label)) == list(range(8))
-    sides = [image[:, :8], image[:, -8:], image[:, :, :8], image[:, :, -8:]]
+    sides = [image[:, :6], image[:, -6:], image[:, :, :6], image[:, :, -6:]]
     colours = np.stack([side.mean((1, 2)).round() for side in sides], 1)  # (image, side, channel)
     painted = colours[:, :, :2].sum(-1) == 1
     np.testing.assert_array_equal(painted.sum(1), 2)  # the other borders are black between them
