@@ -239,6 +239,27 @@ def test_cues_are_what_they_say():
     np.testing.assert_array_equal(same, label % 2 == 1)
 
 
+@pytest.mark.parametrize("blocks", ["window", "mixed"])
+def test_no_position_meets_both_bars_by_windows(blocks):
+    """At `small`: what two blocks of windows and convolutions reach is less than half the map."""
+    recipe = jaxformer.load("l2vit:small", model__blocks=blocks, data__size=32)
+    encoder, image = recipe.task.model.encoder(), cues(1).arrays["image"]
+    variables = jax.jit(encoder.init)(KEY, image)
+    run = jax.jit(encoder.apply)
+    first, last = slice(0, 12), slice(-12, None)  # bars are 12 pixels wide
+    plain = run(variables, image)
+    told = [jnp.any(plain != run(variables, add(image, at)), -1) for at in (first, last)]
+    assert all(x.any() for x in told)
+    assert jnp.any(told[0] & told[1]) == (blocks == "mixed")
+
+
+def add(image, rows):
+    """The image with something else along one border."""
+    image = image.copy()
+    image[:, rows] += 1
+    return image
+
+
 @pytest.mark.parametrize("task", ["cues", "digits"])
 def test_every_task_is_scored(task):
     fields = {"data__size": 16, "batch_size": 4} if task == "cues" else {"batch_size": 4}
