@@ -32,7 +32,9 @@ def get_config(preset: str) -> ConfigDict:
         "size": 16,
         "classes": 10,
     }
-    config.huggingface = ConfigDict()  # the config.json of an imported ViT, in place of `model`'s
+    config.huggingface = (
+        ConfigDict()
+    )  # of an imported ViT its config.json, in place of `model`'s sizes
     config.init_from = ""  # the run of a multi-head ViT, such as `jaxformer import` makes
     config.fresh = r"(?!)"  # its parameters that begin anew: r"^head/" for other classes
     config.multi_head_steps = 600

@@ -15,10 +15,10 @@ def get_config(preset: str) -> ConfigDict:
         "join": "attn_scalar",  # attn_scalar | attn_mul | attn_add | input_add
         "pair": "single",  # pe_qk: single (all layers) | multi (each its own) | none
         "one_vector": False,  # for all heads
-        "width": 128,
+        "width": 64,
         "depth": 2,
-        "heads": 4,
-        "hidden": 512,
+        "heads": 2,
+        "hidden": 128,
         "mlp": "gelu_tanh",
         "dropout": 0.0,
         "scan": False,
@@ -31,12 +31,12 @@ def get_config(preset: str) -> ConfigDict:
         "heads": 4,
         "depth": 2,
         "dropout": 0.0,
-        "starts": 16,  # b: shifted blocks, pivots and compared blocks of a step
+        "starts": 8,  # b: shifted blocks, pivots and compared blocks of a step
         "shift_rate": 0.1,  # r: how often the main task is shifted
         "pool": 320,  # random starts of a run
-        "candidates": 32,  # c, of a pivot
+        "candidates": 16,  # c, of a pivot
         "near": 256,  # the window that near candidates come from
-        "compared": 32,  # t positions of a block
+        "compared": 16,  # t positions of a block
         "contrast": 0.1,  # weights of the two losses
         "transfer": 0.1,
         "beta": 1.0,  # of the transfer, the share that goes to the student
@@ -50,8 +50,8 @@ def get_config(preset: str) -> ConfigDict:
         "tokenizer": "bytes",
         "validation": 0.05,
     }
-    config.optim.update(learning_rate=1e-3, warmup_steps=100, schedule="linear", clip=5.0)
-    config.update({"steps": 600, "batch_size": 32})
+    config.optim.update(learning_rate=3e-3, warmup_steps=100, schedule="linear", clip=5.0)
+    config.update({"steps": 1200, "batch_size": 32})
     if preset == "tiny":
         tiny(config)
     elif preset == "text":
@@ -80,6 +80,7 @@ def paper(config: ConfigDict) -> None:
     config.model.update({"width": 768, "depth": 12, "heads": 12, "hidden": 3072, "dropout": 0.1})
     config.model.update({"dtype": "bfloat16"})
     config.positions.update({"limit": 20_000, "width": 768, "heads": 12, "dropout": 0.1})
+    config.positions.update({"starts": 16, "candidates": 32, "compared": 32})
     config.data.update({"task": "text", "vocabulary": 50_304, "length": 512})
     config.data.lengths = (512, 1024, 2048, 4096, 8192, 16_384)
     config.optim.update(learning_rate=5e-5, warmup_steps=4000)

@@ -211,3 +211,4 @@ def test_swap_reaches_defaults_arguments_and_tuples():
     assert holder.parts == (Make(_Holder, part=Make(RMSNorm, epsilon=1e-3)),)
     assert (norm, three) == (Make(RMSNorm), 3)
     assert swap(tree, MLP, RMSNorm) == tree
+    assert swap(holder, RMSNorm, Make(MLP, hidden=8)).part == Make(MLP, hidden=8, epsilon=1e-3)

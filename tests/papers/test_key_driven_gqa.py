@@ -9,12 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from ml_collections import ConfigDict
 
 import jaxformer
 from jaxformer import paths
-from jaxformer.catalogue import build
-from jaxformer.config import load_config
 from jaxformer.interop.huggingface import port_of
 from jaxformer.kernels.attention import Full
 from jaxformer.nn.attention import Attention, Fused, Unfused
@@ -276,23 +273,37 @@ def test_an_imported_vit_is_converted_and_trained_on(tmp_path):
     task = port.make_task()
     rows = dataclasses.make_dataclass("Rows", [])
     rows.spec = lambda self: port.batch
-    source = Recipe(task, [Phase("import", data=rows())])
+    source = Recipe(task, [Phase("import", data=rows())], config={"huggingface": vit})
     state = initialise(source, make_mesh(), 3)
     start_run(source, tmp_path / "vit", state)
 
-    config = load_config("key_driven_gqa:tiny", {"multi_head_steps": 0, "steps": 2})
-    with config.unlocked():
-        config.huggingface = ConfigDict({**vit, "id2label": {str(i): str(i) for i in range(10)}})
-        config.init_from, config.fresh = str(tmp_path / "vit"), "^head/"
-    found = fit(
-        dataclasses.replace(build(config), evaluators=()), options=FitOptions(progress=False)
-    )
+    start = {"init_from": str(tmp_path / "vit"), "fresh": "^head/", "multi_head_steps": 0}
+    recipe = jaxformer.load("key_driven_gqa:tiny", steps=2, **start)
+    assert recipe.config["huggingface"] == vit
+    found = fit(dataclasses.replace(recipe, evaluators=()), options=FitOptions(progress=False))
     before, after = paths.leaves(state.params), paths.leaves(found.params)
     name = "encoder/stack/block_1/mixer/query/kernel"
     np.testing.assert_allclose(after[name], before[name], atol=3e-3)  # two steps
     name = "encoder/stack/block_1/mixer/key/kernel"
     assert after[name].shape == (32, 2, 8) and before[name].shape == (32, 4, 8)
     assert after["head/kernel"].shape == (32, 10) and before["head/kernel"].shape == (32, 3)
+
+
+@pytest.mark.slow
+def test_eight_devices_split_heads_as_one_does():
+    """Norms are of the whole batch, wherever its rows are."""
+    fields = {"multi_head_steps": 0, "steps": 3, "model__window": 1, "model__scheme": "dgqa_ema"}
+    recipe = jaxformer.load("key_driven_gqa:tiny", **fields)
+    recipe = dataclasses.replace(recipe, evaluators=())
+    meshes = make_mesh({"data": 1}, jax.devices()[:1]), make_mesh({"data": 8})
+    one, eight = (fit(recipe, mesh=mesh, options=FitOptions(progress=False)) for mesh in meshes)
+    kept = paths.leaves(one.extra[STATE])
+    assert {int(x) for name, x in kept.items() if name.endswith("count")} == {3}
+    for name, x in paths.leaves(eight.extra[STATE]).items():
+        np.testing.assert_allclose(x, kept[name], rtol=1e-5, err_msg=name)
+    for name, x in paths.leaves(eight.params).items():
+        if not name.endswith("key/bias"):  # whose gradient is 0 but for rounding
+            np.testing.assert_allclose(x, paths.leaves(one.params)[name], atol=2e-5, err_msg=name)
 
 
 # -------------------------------------------------------------------------------------- mistakes

@@ -76,6 +76,17 @@ def test_groups_have_their_own_rate_and_can_be_frozen():
     np.testing.assert_allclose(updates["other"]["kernel"], -0.1, rtol=1e-6)
 
 
+def test_groups_are_clipped_each_by_itself():
+    rate = optim.schedule(1.0, 10, kind="constant")
+    groups = [optim.Group("embed", clip=0.5), optim.Group("^(?!embed)", clip=2.0)]
+    tx = optim.optimizer(optim.sgd(), rate, groups=groups).transform
+    grads = jax.tree.map(lambda x: 10 * jnp.ones_like(x), PARAMS)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    embed = updates.pop("embed")
+    np.testing.assert_allclose(optax.tree.norm(embed), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.norm(updates), 2.0, rtol=1e-5)
+
+
 def test_weight_decay_spares_biases_and_scales():
     decays = optim.decays(PARAMS)
     assert decays["embed"]["table"] and decays["other"]["kernel"]

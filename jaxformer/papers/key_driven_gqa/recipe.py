@@ -24,6 +24,7 @@ from jaxformer.papers.key_driven_gqa.model import core, grouped
 from jaxformer.recipe import FiniteData, InitFrom, Phase, Recipe, Task, TrainState
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.staged import StagedTask
+from jaxformer.train.checkpoint import Checkpoints, saved_steps
 from jaxformer.train.optim import build as build_optimizer
 from jaxformer.train.states import on_device
 from jaxformer.train.updates import GradientUpdate
@@ -32,8 +33,12 @@ from jaxformer.train.updates import GradientUpdate
 def build(config: ConfigDict) -> Recipe:
     """Multi-head training, unless it is of another run, then conversion and up-training.
 
-    `init_from` names that run, whose model `huggingface` describes if it was imported.
+    `init_from` names that run. If it was imported, its `huggingface` describes the model, and is
+    taken over into this config.
     """
+    if config.init_from and not config.huggingface:
+        with config.unlocked():
+            config.huggingface = ConfigDict(imported(config.init_from))
     before = ClassifyTask(multi_head(config))
     model = config.model
     epoch = model.epoch or None
@@ -80,6 +85,16 @@ def convert(task: Task, data: Data, kv_heads: int) -> Callable[[TrainState], Tra
     return enter
 
 
+def imported(workdir: str) -> dict[str, Any]:
+    """The `config.json` of an imported run; empty for others, or where there is none."""
+    try:
+        step = saved_steps(workdir)[-1]
+    except ConfigError:
+        return {}  # `fit` says so, unless it continues a run that began there
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.meta(step)["config"].get("huggingface", {})
+
+
 def multi_head(config: ConfigDict) -> Any:
     """The ViT that is converted: of the config's sizes, or the one that was imported."""
     model = config.model
@@ -90,7 +105,11 @@ def multi_head(config: ConfigDict) -> Any:
                 f"config.huggingface.model_type={config.huggingface.get('model_type')!r}: must be "
                 "a classifier of images, such as vit"
             )
-        return port.model
+        size = port.batch["image"].shape[1]
+        if config.data.size != size:
+            raise ConfigError(f"data.size={config.data.size}: the imported model reads {size}")
+        model = port.model
+        return model if model.head else dataclasses.replace(model, classes=config.data.classes)
     names = ("width", "depth", "heads", "hidden", "dropout", "scan", "remat", "dtype")
     trunk = Transformer(**{name: model[name] for name in names})
     size, patch = config.data.size, model.patch
