@@ -26,6 +26,7 @@ from jaxformer.sampling.diffusion import (
     Ancestral,
     Euler,
     Heun,
+    Point,
     guide,
     named_sampler,
     sample,
@@ -222,7 +223,7 @@ def test_ddim_of_eta_one_is_ancestral():
     x, output, noise = jax.random.normal(KEY, (3, 7, 4, 4, 2))
     t = jnp.array([0, 1, 5, 9, 0, 3, 7])
     one, two = (
-        rule.step(rule.plan(process), output, x, t, noise)
+        rule.step(rule.plan(process), output, Point(x, t, noise))
         for rule in (DDIM(10, eta=1.0), Ancestral(10))
     )
     for a, b in zip(one, two, strict=True):
