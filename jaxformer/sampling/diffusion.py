@@ -18,7 +18,8 @@ import numpy as np
 from jaxformer.errors import ConfigError
 from jaxformer.parallel.sharding import constrain
 from jaxformer.recipe import Denoises, Extra, Params
-from jaxformer.tasks.noising import GaussianDiffusion, RectifiedFlow, per_row
+from jaxformer.tasks.gaussian_diffusion import GaussianDiffusion
+from jaxformer.tasks.noising import RectifiedFlow, per_row
 
 Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x, time as it is told) -> answer
 

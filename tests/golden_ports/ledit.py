@@ -14,7 +14,7 @@ from jaxformer.nn.make import Make
 from jaxformer.nn.mlp import MLP
 from jaxformer.papers.ledit import authors
 from jaxformer.sampling.diffusion import DDIM, Ancestral, Point, guide
-from jaxformer.tasks.noising import FixedVariance, GaussianDiffusion, LearnedRange
+from jaxformer.tasks.gaussian_diffusion import FixedVariance, GaussianDiffusion, LearnedRange
 
 
 def to_last(x):
