@@ -83,6 +83,14 @@ def test_tiles_are_judged_as_their_elements(scan, tiles):
     np.testing.assert_array_equal(single == TileState.SKIP, ~seen)
 
 
+@pytest.mark.parametrize("scan", SCANS)
+def test_masks_are_values(scan):
+    """So that layers share what is compiled, and may be scanned."""
+    make = SCANS[scan]
+    assert make((3, 4)) == make((3, 4)) and hash(make((3, 4))) == hash(make((3, 4)))
+    assert scan == "raster" or make((3, 4)) != make((4, 3))
+
+
 def test_a_large_grid_skips_tiles():
     """Of 32 x 32 positions in tiles of 64, what nobody sees is not computed."""
     grid = Grid.of(Sizes(1, 1, 1024, 1024), 64, 64)
