@@ -29,8 +29,8 @@ from jaxformer.models.lm import decoder_lm
 from jaxformer.models.transformer import Transformer
 from jaxformer.models.vit import vit
 from jaxformer.tasks.diffuse import ClassLabel, DiffusionTask, Latents
+from jaxformer.tasks.gaussian_diffusion import GaussianDiffusion
 from jaxformer.tasks.losses import cross_entropy
-from jaxformer.tasks.noising import GaussianDiffusion
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bfloat16 FLOP/s without sparsity
 

@@ -62,7 +62,7 @@ class Modulation(nn.Module):
 
 
 def modulate(x_BxLxD: jax.Array, shift_Bx1xD: jax.Array, scale_Bx1xD: jax.Array) -> jax.Array:
-    """X (1 + scale) + shift."""
+    """A stream scaled by 1 + scale, then shifted."""
     return x_BxLxD * (1 + scale_Bx1xD) + shift_Bx1xD
 
 

@@ -55,16 +55,23 @@ class _Ahead:
         seen = k <= q + self.high
         return seen if self.low is None else seen & (k >= q - self.low)
 
-    def hint(self, q: range, k: range) -> TileState:
-        (q0, q1), (k0, k1) = (_ends(span, self.columns, self.axis) for span in (q, k))
-        least, most = k0 - q1, k1 - q0
-        low = -np.inf if self.low is None else -self.low
-        if least > self.high or most < low:
-            return TileState.SKIP
-        return TileState.FULL if most <= self.high and least >= low else TileState.PARTIAL
-
     def mask(self) -> Mask:
-        return MaskMod(self, self.hint)
+        return MaskMod(self, _Hint(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hint:
+    """The state of a tile; a value, unlike a bound method, so that equal masks are equal."""
+
+    of: _Ahead
+
+    def __call__(self, q: range, k: range) -> TileState:
+        (q0, q1), (k0, k1) = (_ends(span, self.of.columns, self.of.axis) for span in (q, k))
+        least, most = k0 - q1, k1 - q0
+        low = -np.inf if self.of.low is None else -self.of.low
+        if least > self.of.high or most < low:
+            return TileState.SKIP
+        return TileState.FULL if most <= self.of.high and least >= low else TileState.PARTIAL
 
 
 def not_below(grid: Grid) -> Mask:

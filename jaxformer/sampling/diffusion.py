@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ import numpy as np
 from jaxformer.errors import ConfigError
 from jaxformer.parallel.sharding import constrain
 from jaxformer.recipe import Denoises, Extra, Params
-from jaxformer.tasks.noising import GaussianDiffusion, RectifiedFlow, per_row
+from jaxformer.tasks.gaussian_diffusion import GaussianDiffusion
+from jaxformer.tasks.noising import RectifiedFlow, per_row
 
 Network = Callable[[jax.Array, jax.Array], jax.Array]  # (x, time as it is told) -> answer
 
@@ -29,6 +30,17 @@ class Sampler(Protocol):
     def __call__(
         self, process: Any, network: Network, x: jax.Array, keys_B: jax.Array
     ) -> jax.Array: ...
+
+
+class Point(NamedTuple):
+    """Where a step begins: x (B, ...) at the steps t (B,), and the noise that it may add."""
+
+    x: jax.Array
+    t: jax.Array
+    noise: jax.Array
+
+
+Moved = tuple[jax.Array, jax.Array]  # x one step before, and the example predicted on the way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +58,8 @@ class _Stepwise:
             )
         return dataclasses.replace(process.respaced(self.spacing), clip=self.clip)
 
-    def step(
-        self,
-        process: GaussianDiffusion,
-        output: jax.Array,
-        x: jax.Array,
-        t: jax.Array,
-        noise: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        """X at the step before t (B,), and the example that was predicted on the way."""
+    def step(self, process: GaussianDiffusion, output: jax.Array, at: Point) -> Moved:
+        """One step back, given the network's answer."""
         raise NotImplementedError
 
     def __call__(
@@ -67,7 +72,7 @@ class _Stepwise:
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, k)
             noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
             output = network(x, plan.network_time(t))
-            return self.step(plan, output, x, t, noise)[0], None
+            return self.step(plan, output, Point(x, t, noise))[0], None
 
         return jax.lax.scan(back, x, jnp.arange(len(plan))[::-1])[0]
 
@@ -76,16 +81,9 @@ class _Stepwise:
 class Ancestral(_Stepwise):
     """Draws x_{t-1} given x_t, step by step (DDPM, Ho et al. 2020, algorithm 2)."""
 
-    def step(
-        self,
-        process: GaussianDiffusion,
-        output: jax.Array,
-        x: jax.Array,
-        t: jax.Array,
-        noise: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        mean, log_variance, start = process.reverse(output, x, t)
-        noise = jnp.where(per_row(t, x) > 0, noise, 0.0)  # the last step adds none
+    def step(self, process: GaussianDiffusion, output: jax.Array, at: Point) -> Moved:
+        mean, log_variance, start = process.reverse(output, at.x, at.t)
+        noise = jnp.where(per_row(at.t, at.x) > 0, at.noise, 0.0)  # the last step adds none
         return mean + jnp.exp(log_variance / 2) * noise, start
 
 
@@ -96,14 +94,8 @@ class DDIM(_Stepwise):
     spacing: str | int = 50
     eta: float = 0.0
 
-    def step(
-        self,
-        process: GaussianDiffusion,
-        output: jax.Array,
-        x: jax.Array,
-        t: jax.Array,
-        noise: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    def step(self, process: GaussianDiffusion, output: jax.Array, at: Point) -> Moved:
+        x, t, noise = at
         start = process.start(process.split(output.astype(jnp.float32))[0], x, t)
         names = ("kept", "before", "signal", "noise")
         kept, before, signal, spread = (per_row(process.at(name, t), x) for name in names)
@@ -129,7 +121,7 @@ class Euler:
     def move(
         self, process: RectifiedFlow, network: Network, x: jax.Array, t: Any, to: Any
     ) -> jax.Array:
-        """X at the time `to`, given x at t."""
+        """Where x (B, ...) at the time t is at the time `to`."""
         return x + (to - t) * self.velocity(process, network, x, t)
 
     def __call__(

@@ -13,8 +13,8 @@ from jaxformer.nn.grid import GridTable
 from jaxformer.nn.make import Make
 from jaxformer.nn.mlp import MLP
 from jaxformer.papers.ledit import authors
-from jaxformer.sampling.diffusion import DDIM, Ancestral, guide
-from jaxformer.tasks.noising import FixedVariance, GaussianDiffusion, LearnedRange
+from jaxformer.sampling.diffusion import DDIM, Ancestral, Point, guide
+from jaxformer.tasks.gaussian_diffusion import FixedVariance, GaussianDiffusion, LearnedRange
 
 
 def to_last(x):
@@ -135,7 +135,7 @@ def sampler(case):
         x, states, starts = to_last(case.inputs["x_T"]), [], []
         for j, k in enumerate(reversed(range(len(plan)))):
             t = jnp.full(len(x), k)
-            x, start = rule.step(plan, toy(x, plan.network_time(t)), x, t, noise[j])
+            x, start = rule.step(plan, toy(x, plan.network_time(t)), Point(x, t, noise[j]))
             states.append(to_second(x))
             starts.append(to_second(start))
         return plan, jnp.stack(states), jnp.stack(starts)

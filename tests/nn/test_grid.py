@@ -83,6 +83,14 @@ def test_tiles_are_judged_as_their_elements(scan, tiles):
     np.testing.assert_array_equal(single == TileState.SKIP, ~seen)
 
 
+@pytest.mark.parametrize("scan", SCANS)
+def test_masks_are_values(scan):
+    """So that layers share what is compiled, and may be scanned."""
+    make = SCANS[scan]
+    assert make((3, 4)) == make((3, 4)) and hash(make((3, 4))) == hash(make((3, 4)))
+    assert scan == "raster" or make((3, 4)) != make((4, 3))
+
+
 def test_a_large_grid_skips_tiles():
     """Of 32 x 32 positions in tiles of 64, what nobody sees is not computed."""
     grid = Grid.of(Sizes(1, 1, 1024, 1024), 64, 64)
@@ -140,13 +148,13 @@ def test_layers_have_masks_of_their_own(remat):
     """Behind a full and a causal layer, the first position has seen all; the other way, none."""
     x = jax.random.normal(KEY, (1, 6, 8))
     stack = small_stack(remat=remat)
-    params = stack.init(KEY, x, mask=Full())
+    params = jax.jit(lambda: stack.init(KEY, x, mask=Full()))()
 
     def first(masks):
         def of(x):
             return stack.apply(params, x, mask=masks)[0, 0].sum()
 
-        return np.abs(np.asarray(jax.grad(of)(x)))[0].sum(-1)
+        return np.abs(np.asarray(jax.jit(jax.grad(of))(x)))[0].sum(-1)
 
     assert (first(PerLayer([Causal(), Causal()]))[1:] == 0).all()
     assert (first(PerLayer([Full(), Causal()]))[1:] > 0).all()

@@ -60,9 +60,10 @@ def init(model, random=True):
     return jax.tree.unflatten(treedef, noisy)
 
 
-def run(model, params, x, **options):
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, params, x):
     t, y = told(len(x))
-    return model.apply({"params": params}, x, t, label=y, **options)
+    return model.apply({"params": params}, x, t, label=y)
 
 
 # --------------------------------------------------------------------------- the network
@@ -74,13 +75,15 @@ def test_a_new_network_answers_nothing(pattern):
     model = network(pattern, told=CONV)
     x = images()
     t, y = told()
-    out, seen = model.apply(
-        {"params": init(model, random=False)},
-        x,
-        t,
-        label=y,
-        capture_intermediates=lambda module, _: isinstance(module, AdaLNZero),
-    )
+
+    @jax.jit
+    def apply(params):
+        def is_block(module, _):
+            return isinstance(module, AdaLNZero)
+
+        return model.apply({"params": params}, x, t, label=y, capture_intermediates=is_block)
+
+    out, seen = apply(init(model, random=False))
     np.testing.assert_array_equal(out, jnp.zeros(x.shape))
     blocks = seen["intermediates"]["stack"]
     first, second = (blocks[f"block_{i}"]["__call__"][0] for i in (0, 1))
@@ -159,7 +162,7 @@ def test_a_network_with_a_full_block_sees_everything():
     def first(x):  # the answer for the first patch
         return jnp.abs(run(model, params, x)[0, :PATCH, :PATCH]).sum()
 
-    moved = np.abs(np.asarray(jax.grad(first)(x)))[0].sum(-1)
+    moved = np.abs(np.asarray(jax.jit(jax.grad(first))(x)))[0].sum(-1)
     assert (moved > 0).all()
     causal = network("c", scan=SCANS["raster"])
     params = init(causal)
@@ -167,7 +170,7 @@ def test_a_network_with_a_full_block_sees_everything():
     def first(x):
         return jnp.abs(run(causal, params, x)[0, :PATCH, :PATCH]).sum()
 
-    moved = np.abs(np.asarray(jax.grad(first)(x)))[0].sum(-1)
+    moved = np.abs(np.asarray(jax.jit(jax.grad(first))(x)))[0].sum(-1)
     assert (moved[:PATCH, :PATCH] > 0).all() and moved.sum() == moved[:PATCH, :PATCH].sum()
 
 
@@ -336,8 +339,13 @@ def test_latents_are_read_from_a_folder(tmp_path):
 def test_the_flow_is_a_config_away():
     recipe = tiny(diffusion__process="flow", sample__sampler="euler")
     batch = {"image": np.zeros((2, 16, 16, 3)), "label": np.zeros(2, int)}
-    params, extra = recipe.task.init(KEY, batch)
-    loss = recipe.task.loss(params, extra, batch, key=KEY, train=False)
+
+    @jax.jit
+    def score():
+        params, extra = recipe.task.init(KEY, batch)
+        return recipe.task.loss(params, extra, batch, key=KEY, train=False)
+
+    loss = score()
     assert set(loss.metrics) == {"loss", "mse"} and np.isfinite(loss.loss)
 
 

@@ -72,12 +72,12 @@ def read(config: ConfigDict, weights: Weights) -> Tree:
         ConfigError: the config normalises after the convolution, which no DiT did.
     """
     model, data = config.model, config.data
+    if model.position == "conv" and model.conv_norm:
+        raise ConfigError("model.conv_norm=True: is of training from scratch; set it to False")
     sizes = {name: model[name] for name in ("heads", "depth", "patch")}
     found = dit(weights, **sizes)
     table = weights.get("pos_embed")
     if model.position == "conv":
-        if model.conv_norm:
-            raise ConfigError("model.conv_norm=True: is of training from scratch; set it to False")
         kernel = dirac(jax.random.key(0), (9, model.width, model.width))
         bias = jnp.zeros(model.width)
         found["position"] = {"conv": {"weigh": {"kernel": kernel, "bias": bias}}}

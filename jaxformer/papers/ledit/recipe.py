@@ -24,13 +24,8 @@ from jaxformer.papers.ledit.model import positions
 from jaxformer.recipe import Data, Evaluator, Phase, Recipe
 from jaxformer.sampling.diffusion import named_sampler
 from jaxformer.tasks.diffuse import ClassLabel, DiffusionTask, Latents, Pixels
-from jaxformer.tasks.noising import (
-    FixedVariance,
-    GaussianDiffusion,
-    LearnedRange,
-    Process,
-    RectifiedFlow,
-)
+from jaxformer.tasks.gaussian_diffusion import FixedVariance, GaussianDiffusion, LearnedRange
+from jaxformer.tasks.noising import Process, RectifiedFlow
 from jaxformer.train.updates import GradientUpdate
 
 SOURCES = ("scenes", "images", "latents")
