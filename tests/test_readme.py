@@ -35,9 +35,8 @@ def test_the_commands_exist():
     text = (ROOT / "README.md").read_text()
     verbs = set(re.findall(r"^\./launch/local (\w+)", text, re.MULTILINE))
     expected = {"train", "test", "list", "reproduce", "show", "evaluate", "sample", "bench"}
-    assert (
-        expected | {"plan", "multihost", "import", "export", "convert", "launch", "soak"} == verbs
-    )
+    expected |= {"plan", "multihost", "import", "export", "convert", "launch", "soak", "compare"}
+    assert expected == verbs
     for verb in verbs - {"test"}:
         shown = subprocess.run(
             [sys.executable, "-m", "jaxformer", verb, "--help"], capture_output=True, text=True

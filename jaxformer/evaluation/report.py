@@ -48,14 +48,11 @@ def relative(path: Path, folder: Path) -> str:
 
 def figure(path: Path, columns: int = 1, rows: int = 1, width: float = 4.5) -> Any:
     """A matplotlib figure that needs no display: (figure, array of axes (rows, columns))."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure until it is closed
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = (width * columns, 0.72 * width * rows)
-    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    fig = Figure(figsize=(width * columns, 0.72 * width * rows), layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False)
 
 
 def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:

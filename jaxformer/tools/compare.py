@@ -135,13 +135,14 @@ def quality(what: Comparison) -> Rows:
     """The score of every mixer and seed at every length, where it has one."""
     bed, rows = TESTBEDS[what.task], []
     mesh = make_mesh()
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
     for seed in what.seeds:
         for mixer in what.mixers:
             recipe = what.recipe(mixer, seed)
             _tell(f"{mixer}, seed {seed}: {what.steps} steps at {what.lengths[0]}")
             state = fit(recipe, options=FitOptions(seed=seed, progress=False))
             for length in what.lengths:
-                batch = max(what.batch * what.lengths[0] // length, 1)
+                batch = max(what.batch * what.lengths[0] // length // ways, 1) * ways
                 # As many tokens at each length, but no fewer than 16 rows.
                 batches = max(64 * what.lengths[0] // length, 16 // batch, 1)
                 unseen = bed.unseen(length, batch)
@@ -176,22 +177,23 @@ class _Step:
         data = TESTBEDS[what.task].train(length, 1, 0)
         key = jax.random.key(0)
         with jax.set_mesh(mesh):
-            self.batch = on_device(data, place_batch(data.batch(0), mesh, 1))
-            self.params, extra = jax.jit(task.init)(key, self.batch)
+            batch = on_device(data, place_batch(data.batch(0), mesh, 1))
+            params, extra = jax.jit(task.init)(key, batch)
 
-            def gradient(params: Any, batch: Any) -> Any:
+            def gradient(params: Any, extra: Any, batch: Any, key: jax.Array) -> Any:
                 def loss(params: Any) -> jax.Array:
                     return task.loss(params, extra, batch, key=key, train=True).loss
 
                 return jax.value_and_grad(loss)(params)
 
-            self.gflop = count(gradient, self.params, self.batch) / 1e9
-            self.program = jax.jit(gradient).lower(self.params, self.batch).compile()
+            self.arguments = (params, extra, batch, key)
+            self.gflop = count(gradient, *self.arguments) / 1e9
+            self.program = jax.jit(gradient).lower(*self.arguments).compile()
         self.temporary = self.program.memory_analysis().temp_size_in_bytes / 2**20
 
     def seconds(self) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(self.program(self.params, self.batch))
+        jax.block_until_ready(self.program(*self.arguments))
         return time.perf_counter() - start
 
 
