@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from jaxformer.interop.authors import (
     Tree,
     Weights,
@@ -37,7 +39,12 @@ def encoder(weights: Weights, heads: int, depth: int) -> Tree:
 def pair(weights: Weights, head_size: int) -> Tree:
     """`pe_qk` as a `Pair`: queries first."""
     layer = linear(weights, "pe_qk")
-    return {"qk": to_heads(layer, layer["kernel"].shape[-1] // head_size)}
+    halves = {name: jnp.split(x, 2, axis=-1) for name, x in layer.items()}
+    heads = layer["kernel"].shape[-1] // (2 * head_size)
+    return {
+        part: to_heads({name: half[i] for name, half in halves.items()}, heads)
+        for i, part in enumerate(("query", "key"))
+    }
 
 
 def gpt2_attention(weights: Weights, heads: int) -> Tree:

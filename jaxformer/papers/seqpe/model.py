@@ -97,9 +97,12 @@ class Pair(nn.Module):
 
     @nn.compact
     def __call__(self, vectors: Vectors) -> Pairs:
-        heads = self.heads + (self.heads if self.kv_heads is None else self.kv_heads)
-        both = Einsum("...D,DHK->...HK", (heads, self.head_size), name="qk")(vectors.s)
-        a, b = jnp.split(both, [self.heads], axis=-2)
+        kv_heads = self.heads if self.kv_heads is None else self.kv_heads
+
+        def project(heads: int, name: str) -> jax.Array:
+            return Einsum("...D,DHK->...HK", (heads, self.head_size), name=name)(vectors.s)
+
+        a, b = project(self.heads, "query"), project(kv_heads, "key")
         return Pairs(vectors.s, vectors.block, a, b, self.how)
 
 

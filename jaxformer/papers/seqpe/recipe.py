@@ -41,7 +41,6 @@ from jaxformer.train.updates import GradientUpdate
 
 PAIRS = ("single", "multi", "none")
 ENCODER = r"(scheme|position)/encoder/"  # parameters of g
-SHARDING = ((r"pair/qk/kernel$", "embed -> heads head"),)
 
 
 def build(config: ConfigDict) -> Recipe:
@@ -154,8 +153,7 @@ class Positions:
             update, optimizer=optim.build(config.optim, config.steps, groups)
         )
         phases = [Phase("train", config.steps, train, update)]
-        sharding = SHARDING if self.config.model.pair != "none" and self.scheme else ()
-        return Recipe(task, phases, evaluators, sharding, unit=unit)
+        return Recipe(task, phases, evaluators, unit=unit)
 
 
 def language_model(positions: Positions, vocabulary: int, length: int, tied: bool) -> DecoderLM:
