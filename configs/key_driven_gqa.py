@@ -37,8 +37,8 @@ def get_config(preset: str) -> ConfigDict:
     )  # of an imported ViT its config.json, in place of `model`'s sizes
     config.init_from = ""  # the run of a multi-head ViT, such as `jaxformer import` makes
     config.fresh = r"(?!)"  # its parameters that begin anew: r"^head/" for other classes
-    config.multi_head_steps = 600
-    config.optim.update(learning_rate=1e-3, warmup_steps=20, schedule="cosine", clip=1.0)
+    config.multi_head_steps = 1500
+    config.optim.update(learning_rate=2e-3, warmup_steps=20, schedule="cosine", clip=1.0)
     config.update({"steps": 135, "batch_size": 32})  # three epochs
     if preset == "tiny":
         config.update({"steps": 40, "multi_head_steps": 30, "batch_size": 8})
