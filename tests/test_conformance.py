@@ -168,6 +168,8 @@ def test_micro_batches(slug):
         pytest.skip("the loss reads no batch")
     if "batch_stats" in abstract_states(whole, one_device())[0].extra:
         pytest.skip("normalised over the batch, which is then a part")
+    if slug == "ssa":
+        pytest.skip("draws one set of keys for a batch, and then one for each part")
     assert_same(*(first_steps(r, one_device()) for r in (parts, whole)), tolerance=2e-5)
 
 
