@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -10,15 +11,17 @@ import jax
 from etils import epath
 
 from jaxformer.storage import digest
-from jaxformer.storage.failures import CheckpointFailed, explained, quiet
+from jaxformer.storage.failures import CheckpointFailed, Ear, explained, quiet
+
+POLL = 0.02  # seconds
 
 
 class Writer:
     """One write at a time: copied off the device at once, then written, then summed up."""
 
-    def __init__(self, manager: Any, directory: epath.Path) -> None:
-        """`manager` is an `orbax.checkpoint.CheckpointManager` of `directory`."""
-        self._manager, self._directory = manager, directory
+    def __init__(self, manager: Any, directory: epath.Path, ear: Ear) -> None:
+        """`manager` is an `orbax.checkpoint.CheckpointManager` of `directory`, heard by `ear`."""
+        self._manager, self._directory, self._ear = manager, directory, ear
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
         quiet()
@@ -38,6 +41,10 @@ class Writer:
     def _finish(self, step: int) -> None:
         """Wait for the last byte, then note the checksums."""
         try:
+            while self._manager.is_saving_in_progress():
+                if self._ear.error is not None:
+                    raise self._ear.error
+                time.sleep(POLL)
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failure(step, error) from error

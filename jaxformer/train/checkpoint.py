@@ -21,6 +21,7 @@ from jaxformer.errors import Agreed
 from jaxformer.parallel.multihost import several
 from jaxformer.recipe import ConfigError, InitFrom, TrainState
 from jaxformer.storage import digest
+from jaxformer.storage.failures import Ear
 from jaxformer.storage.places import AnyPath, place
 from jaxformer.storage.writer import Writer
 
@@ -73,10 +74,12 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every)
         # Handlers are named so that a manager that has not saved yet can read metadata too.
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        ear = Ear()
+        handlers = {name: ear.to(handler) for name, handler in handlers.items()}
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=handlers
         )
-        self._writer = Writer(self._manager, self.directory)
+        self._writer = Writer(self._manager, self.directory, ear)
 
     def __enter__(self) -> Checkpoints:
         return self
