@@ -6,7 +6,7 @@ import argparse
 import errno
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from jaxformer import launchers
@@ -83,11 +83,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = verb("list", papers.list_papers, "the papers, their configs and presets")
-    form = sub.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true")
-    form.add_argument("--markdown", action="store_true")
+    _run_verbs(verb)
+    _checkpoint_verbs(verb)
+    _paper_verbs(verb)
+    return parser
 
+
+Verb = Callable[[str, Any, str], argparse.ArgumentParser]  # name, function, help
+
+
+def _run_verbs(verb: Verb) -> None:
     sub = verb("train", runs.train, "train a config; set its fields with --config.<field>=<value>")
     sub.add_argument("--config", default=DEFAULT, help="file or paper, with :preset")
     sub.add_argument("--mesh", help="a file of configs/mesh, such as v5e_256")
@@ -120,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--search", action="store_true", help="find the largest micro-batch")
     sub.add_argument("--json", action="store_true", help="plain numbers: bytes, FLOPs, seconds")
 
+
+def _checkpoint_verbs(verb: Verb) -> None:
     sub = verb("evaluate", checkpoints.evaluate, "measure checkpoints, one or many, side by side")
     sub.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="run or folder")
     sub.add_argument("--steps", default="last", help="last, all, N or N:M")
@@ -177,6 +184,13 @@ def _parser() -> argparse.ArgumentParser:
     pictures.add_argument("--rows", type=int)
     pictures.add_argument("--columns", type=int)
 
+
+def _paper_verbs(verb: Verb) -> None:
+    sub = verb("list", papers.list_papers, "the papers, their configs and presets")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true")
+
     sub = verb("reproduce", papers.reproduce, "measure the claims of a paper")
     sub.add_argument("paper", help="a paper, or all")
     sub.add_argument("--seed", type=int, default=0)
@@ -202,7 +216,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--stage", help="h200: numerics, peak, forward, ... (all)")
     sub.add_argument("--minutes", type=float, help="h200: time limit of a stage (7)")
     sub.add_argument("--tiny", action="store_true", help="h200: in miniature, on any machine")
-    return parser
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, str]:

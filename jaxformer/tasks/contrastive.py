@@ -19,7 +19,7 @@ def time_contrastive(
     """(T,) losses of anchors, positives and negatives in two views.
 
     The hinge of squared distances within and across views, anchors to positives and the same
-    moment in both against anchors to negatives (Shang et al. 2022, arXiv 2206.11895, section 4.2).
+    moment in both against anchors to negatives (Shang et al. 2022, arXiv 2206.11895).
     With `slip`, positives and negatives of the second view are those of the first, as in the
     authors' code.
     """
