@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from jaxformer.data.base import Deferred, Epoch, IndexedData, Source, Transform
 from jaxformer.data.sources.cues import cues
-from jaxformer.data.sources.image import ImageFolder, digits
-from jaxformer.data.transforms import Enlarge, Normalize, RandomCrop, RandomFlip
+from jaxformer.data.sources.image import digits
+from jaxformer.data.sources.imagenet import imagenet
+from jaxformer.data.transforms import Enlarge
 from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.models.encoder import Classifier
 from jaxformer.models.transformer import require
@@ -18,8 +19,6 @@ from jaxformer.papers.l2vit.model import l2vit
 from jaxformer.recipe import Phase, Recipe
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.train.updates import GradientUpdate
-
-IMAGENET = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def build(config: ConfigDict) -> Recipe:
@@ -59,17 +58,8 @@ def enlarged(config: ConfigDict) -> tuple[Deferred, Deferred]:
 
 def folder(config: ConfigDict) -> tuple[Deferred, Deferred]:
     """ImageNet's layout: train/<class>/* and val/<class>/*."""
-    side, root = config.data.image_size, config.data.root
-
-    def split(name: str, size: int) -> ImageFolder:
-        return ImageFolder(f"{root}/{name}", size)
-
-    # The authors crop 224 of 256.
-    whole = round(side / 0.875)
-    cut = [RandomCrop(side), RandomFlip(), IMAGENET]
-    return deferred(
-        config, lambda: split("train", whole), lambda: split("val", side), cut, [IMAGENET]
-    )
+    data, limit = config.data, config.evaluate.batches or None
+    return imagenet(data.root, data.image_size, config.batch_size, config.seed, limit)
 
 
 def deferred(

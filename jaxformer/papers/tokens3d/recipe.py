@@ -9,9 +9,8 @@ from ml_collections import ConfigDict
 
 from jaxformer.data.base import Deferred, DeviceData, Epoch, IndexedData
 from jaxformer.data.sources.ftpv import Pairs, Trajectories, Triplets
-from jaxformer.data.sources.image import ImageFolder
+from jaxformer.data.sources.imagenet import imagenet
 from jaxformer.data.sources.views import CLASSES, Films, Views
-from jaxformer.data.transforms import Normalize, RandomCrop, RandomFlip
 from jaxformer.evaluation.alignment import Alignment
 from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.models.encoder import Classifier
@@ -23,7 +22,6 @@ from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.contrastive import AlignTask
 from jaxformer.train.updates import GradientUpdate
 
-IMAGENET = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 UNSEEN = 2**31  # added to a seed: rows that no training draws
 
 
@@ -69,24 +67,11 @@ def views(config: ConfigDict) -> Recipe:
 
 def folder(config: ConfigDict) -> Recipe:
     """ImageNet's layout: train/<class>/* and val/<class>/*."""
-    data, size = config.data, config.batch_size
-    side, whole = data.image_size, round(data.image_size / 0.875)
+    data, limit = config.data, config.evaluate.batches or None
     task = ClassifyTask(classifier(config, data.classes), config.model.label_smoothing)
-    row = {"image": ((side, side, 3), np.float32), "label": ((), np.int32)}
-
-    def train() -> IndexedData:
-        augment = [RandomCrop(side), RandomFlip(), IMAGENET]
-        return IndexedData(ImageFolder(f"{data.root}/train", whole), size, config.seed, augment)
-
-    def unseen() -> Epoch:
-        limit = config.evaluate.batches or None
-        source = ImageFolder(f"{data.root}/val", side)
-        return Epoch(source, size, transforms=[IMAGENET], limit=limit)
-
-    weighed = {**row, "weight": ((), np.float32)}
-    every = config.evaluate.every or "end"
-    evaluator = MeanEvaluator(task, Deferred(unseen, size, weighed), "validation", every)
-    return finish(config, task, Deferred(train, size, row), [evaluator])
+    train, unseen = imagenet(data.root, data.image_size, config.batch_size, config.seed, limit)
+    evaluator = MeanEvaluator(task, unseen, "validation", config.evaluate.every or "end")
+    return finish(config, task, train, [evaluator])
 
 
 def films(config: ConfigDict) -> Recipe:
