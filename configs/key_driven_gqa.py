@@ -38,6 +38,7 @@ def get_config(preset: str) -> ConfigDict:
     config.init_from = ""  # the run of a multi-head ViT, such as `jaxformer import` makes
     config.fresh = r"(?!)"  # its parameters that begin anew: r"^head/" for other classes
     config.multi_head_steps = 1500
+    config.rate_scale = 0.5  # the learning rate of up-training, of that before it
     config.optim.update(learning_rate=2e-3, warmup_steps=20, schedule="cosine", clip=1.0)
     config.update({"steps": 135, "batch_size": 32})  # three epochs
     if preset == "tiny":
@@ -58,4 +59,4 @@ def paper(config: ConfigDict) -> None:
     config.data.update({"train": "cifar100/train", "test": "cifar100/test"})
     config.data.update({"size": 224, "classes": 100})
     config.optim.update(learning_rate=1e-5, warmup_steps=0, schedule="constant", clip=0.0)
-    config.update({"multi_head_steps": 0, "steps": 7815, "batch_size": 32})
+    config.update({"multi_head_steps": 0, "steps": 7815, "batch_size": 32, "rate_scale": 1.0})

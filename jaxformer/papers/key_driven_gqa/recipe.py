@@ -46,9 +46,11 @@ def build(config: ConfigDict) -> Recipe:
     after = ClassifyTask(grouped(before.model, model.kv_heads, parts))
     train, test = data(config)
 
-    def update(task: Task, steps: int) -> GradientUpdate:
+    def update(task: Task, steps: int, rate_scale: float = 1.0) -> GradientUpdate:
+        optim = config.optim.copy_and_resolve_references()
+        optim.learning_rate *= rate_scale
         whole = GradientUpdate.of(task, config)
-        return dataclasses.replace(whole, optimizer=build_optimizer(config.optim, steps))
+        return dataclasses.replace(whole, optimizer=build_optimizer(optim, steps))
 
     if config.init_from and config.multi_head_steps:
         raise ConfigError(
@@ -63,7 +65,7 @@ def build(config: ConfigDict) -> Recipe:
             "up_train",
             config.steps,
             train,
-            update(after, config.steps),
+            update(after, config.steps, config.rate_scale),
             convert(after, train, model.kv_heads),
         ),
     ]

@@ -1,0 +1,6 @@
+"""Smaller and faster models from trained ones: quantised, binarised, pruned, factorised.
+
+Procedures are interceptions of the modules that every model is made of, and phases over its state:
+there are no second models. `intercepted` says how a model is changed, `quantizers` and
+`straight_through` what values become, `operands` where; searches and surgery build on these.
+"""
