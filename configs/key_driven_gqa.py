@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from jaxformer.config import base
+from jaxformer.setups.fields import image_classifier
 
 PRESETS = ("tiny", "small", "paper")
 
@@ -10,37 +11,23 @@ PRESETS = ("tiny", "small", "paper")
 def get_config(preset: str) -> ConfigDict:
     """A ViT on the digits, trained, converted and up-trained."""
     config = base("key_driven_gqa")
-    config.model = {
-        "scheme": "dgqa_diff",  # gqa | kdgqa | dgqa_diff | dgqa_ema | pgqa
-        "kv_heads": 4,
-        "window": 30,  # DGQA: forward passes between two splits
-        "epoch": 0,  # after which DGQA's counter restarts, as the authors' does; 0: never
-        "by_batch": False,  # DGQA follows the batch in evaluation, as the authors' does
-        "width": 64,
-        "depth": 4,
-        "heads": 8,
-        "hidden": 128,
-        "patch": 4,
-        "dropout": 0.0,
-        "scan": False,
-        "remat": "none",
-        "dtype": "float32",
-    }
-    config.data = {
-        "train": "",  # a folder of images; none: scikit-learn's digits
-        "test": "",
-        "size": 16,
-        "classes": 10,
-    }
-    config.huggingface = (
-        ConfigDict()
-    )  # of an imported ViT its config.json, in place of `model`'s sizes
-    config.init_from = ""  # the run of a multi-head ViT, such as `jaxformer import` makes
-    config.fresh = r"(?!)"  # its parameters that begin anew: r"^head/" for other classes
+    image_classifier(config)
+    config.model.update({"heads": 8, "hidden": 128, "patch": 4})
+    config.model.update(
+        {
+            "scheme": "dgqa_diff",  # gqa | kdgqa | dgqa_diff | dgqa_ema | pgqa
+            "kv_heads": 4,
+            "window": 30,  # DGQA: forward passes between two splits
+            "epoch": 0,  # after which DGQA's counter restarts, as the authors' does; 0: never
+            "by_batch": False,  # DGQA follows the batch in evaluation, as the authors' does
+        }
+    )
+    config.data.size = 16
     config.multi_head_steps = 1500
-    config.rate_scale = 0.5  # the learning rate of up-training, of that before it
+    # Many small batches make more of three epochs; the rate is of that before conversion.
+    config.up_train = {"batch_size": 8, "rate_scale": 0.5}
     config.optim.update(learning_rate=2e-3, warmup_steps=20, schedule="cosine", clip=1.0)
-    config.update({"steps": 135, "batch_size": 32})  # three epochs
+    config.update({"steps": 540, "batch_size": 32})  # three epochs
     if preset == "tiny":
         config.update({"steps": 40, "multi_head_steps": 30, "batch_size": 8})
         config.model.update({"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "hidden": 64})
@@ -59,4 +46,5 @@ def paper(config: ConfigDict) -> None:
     config.data.update({"train": "cifar100/train", "test": "cifar100/test"})
     config.data.update({"size": 224, "classes": 100})
     config.optim.update(learning_rate=1e-5, warmup_steps=0, schedule="constant", clip=0.0)
-    config.update({"multi_head_steps": 0, "steps": 7815, "batch_size": 32, "rate_scale": 1.0})
+    config.update({"multi_head_steps": 0, "steps": 7815, "batch_size": 32})
+    config.up_train = {"batch_size": 32, "rate_scale": 1.0}

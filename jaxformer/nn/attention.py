@@ -65,6 +65,7 @@ class Scores(nn.Module):
 
     scale: float | None = None
 
+    @nn.compact
     def __call__(self, q_BxLxHxK: jax.Array, k_BxSxHxK: jax.Array) -> jax.Array:
         equation = "BLHK,BSHK->BHLS"
         s = jnp.einsum(equation, q_BxLxHxK, k_BxSxHxK, preferred_element_type=jnp.float32)
@@ -85,6 +86,7 @@ class Softmax(nn.Module):
 class Mix(nn.Module):
     """P V: (B, L, H, K), accumulated in float32 and returned in the dtype of V."""
 
+    @nn.compact
     def __call__(self, p_BxHxLxS: jax.Array, v_BxSxHxK: jax.Array) -> jax.Array:
         p_BxHxLxS = p_BxHxLxS.astype(v_BxSxHxK.dtype)
         return jnp.einsum("BHLS,BSHK->BLHK", p_BxHxLxS, v_BxSxHxK)

@@ -27,7 +27,7 @@ from jaxformer.recipe import (
 )
 from jaxformer.storage.places import AnyPath
 from jaxformer.train.checkpoint import Checkpoints, saved_steps, start_from
-from jaxformer.train.updates import Averages, KeepsOnHost
+from jaxformer.train.updates import Averages, Eager, KeepsOnHost
 
 INITIAL = "initial"  # the phase of a checkpoint from before the first one: imported parameters
 
@@ -74,21 +74,29 @@ def shardings(abstract: Any) -> Any:
 
 
 def step_function(phase: Phase, abstract: TrainState, mesh: Any) -> Any:
-    """The jitted step of a phase: draw, update; the state is donated."""
+    """The step of a phase, draw and update: jitted, and the state donated, unless it is `Eager`."""
     assert phase.update is not None
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         return phase.update(state, on_device(phase.data, batch))  # type: ignore[misc]
 
     out = (shardings(abstract), NamedSharding(mesh, P()))
+    if isinstance(phase.update, Eager):
+        return lambda state, batch: jax.device_put(step(state, batch), out)
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def lower(
     recipe: Recipe, mesh: Mesh | AbstractMesh, platform: str, phase: int = 0
 ) -> jax.stages.Lowered:
-    """The step of a phase lowered for `mesh` on "tpu", "cuda" or "cpu": no device is needed."""
+    """The step of a phase lowered for `mesh` on "tpu", "cuda" or "cpu": no device is needed.
+
+    Raises:
+        ConfigError: a phase that runs layer by layer, by an `Eager` update.
+    """
     what = recipe.phases[phase]
+    if isinstance(what.update, Eager):
+        raise ConfigError(f"phase {what.name!r}: goes layer by layer and is no program to lower")
     abstract = abstract_states(recipe, mesh)[phase + 1]
     batch: Batch = {}
     if what.data is not None:

@@ -32,6 +32,18 @@ class KeepsOnHost(Protocol):
         ...
 
 
+@runtime_checkable
+class Eager(Protocol):
+    """An update that is called as it is, not compiled as a whole: a search layer by layer.
+
+    It compiles its own pieces. One program over all layers would hold the activations of all, and
+    be compiled for each of them.
+    """
+
+    @property
+    def eager(self) -> bool: ...
+
+
 def merge(a: Metrics, b: Metrics) -> Metrics:
     """Both sets of metrics, merged where they share a name."""
     return {**a, **b, **{name: a[name].merge(b[name]) for name in a.keys() & b.keys()}}

@@ -7,6 +7,7 @@ query heads it serves, sum n_g = H.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -204,8 +205,10 @@ class Perturbed(nn.Module):
         self, q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, v_BxSxGxK: jax.Array, **options: Any
     ) -> jax.Array:
         y_BxLxHxK = self.core(name="core")(q_BxLxHxK, k_BxSxGxK, v_BxSxGxK, **options)
-        # There is no key in evaluation, and then always the same noise.
-        key = self.make_rng("dropout") if self.has_rng("dropout") else jax.random.key(0)
+        if self.has_rng("dropout"):
+            key = self.make_rng("dropout")
+        else:  # in evaluation: always the same noise, but of each layer its own
+            key = jax.random.key(zlib.crc32("/".join(self.path).encode()))
         _, length, heads, size = y_BxLxHxK.shape
         groups = k_BxSxGxK.shape[2]
         uniform = jax.random.uniform(key, (groups, heads // groups, length * size))

@@ -1,0 +1,279 @@
+"""FPCS: fast progressive combining search, and the order in which a layer's scales are found."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxformer.compress.quantizers import Shifted, Uniform
+from jaxformer.compress.reparameterize import (
+    at,
+    collapse,
+    linear_parameters,
+    norm_before,
+    reparameterized,
+)
+from jaxformer.compress.search import each, least, row_errors
+from jaxformer.compress.walk import Linear, Product
+
+State = dict[str, jax.Array]
+Errors = Callable[[State], jax.Array]  # a state of (C,) arrays -> errors (C,)
+
+CANDIDATES, BEAM, STEPS, ROUNDS = 128, 16, 6, 3
+BASES = (10.0, 137.0)  # the first and last q that are tried
+FINEST = 1e-4  # the least scale of activations
+
+
+# -------------------------------------------------------------------------- progressive search
+
+
+def refine(
+    errors: Errors, kept: State, spread: jax.Array, expansions: int, floor: float, best: Any
+) -> State:
+    """Narrow in on the survivors' scales, five times; the best state seen from `best` on."""
+    width = len(kept["scale"])
+    for _ in range(STEPS - 1):
+        offsets = jnp.linspace(0, 1, expansions)[:, None] - 0.5
+        scales = kept["scale"][:, None] + spread * offsets  # (width, expansions, C)
+        grown = {
+            name: jnp.broadcast_to(value[:, None], scales.shape) for name, value in kept.items()
+        }
+        grown["scale"] = jnp.maximum(scales, floor)
+        grown = {name: value.reshape(-1, value.shape[-1]) for name, value in grown.items()}
+        kept, best = select(errors, grown, width, best)
+        spread = spread / (expansions - 0.5)
+    return best[0]
+
+
+def select(errors: Errors, candidates: State, count: int, best: Any = None) -> tuple[State, Any]:
+    """The survivors, and (state, errors) of the best that was ever seen."""
+    found = each(errors, candidates)
+    kept = least(candidates, found, count)
+    first, error = {name: value[0] for name, value in kept.items()}, found.min(0)
+    if best is None:
+        return kept, (first, error)
+    better = error < best[1]
+    state = {name: jnp.where(better, value, best[0][name]) for name, value in first.items()}
+    return kept, (state, jnp.where(better, error, best[1]))
+
+
+def span(x: jax.Array, bits: int, axes: Any, floor: float) -> tuple[jax.Array, jax.Array]:
+    """The least and largest scale of the grid: the values' inner 80 % and their whole range."""
+    q = jnp.quantile(x, jnp.array([0.0, 0.1, 0.9, 1.0]), axis=axes)
+    levels = 2**bits - 1
+    low, high = (q[2] - q[1]) / levels, (q[3] - q[0]) / levels
+    return jnp.atleast_1d(jnp.maximum(low, floor)), jnp.atleast_1d(jnp.maximum(high, floor))
+
+
+def zeros_of(bits: int, of_input: bool) -> jax.Array:
+    """The zero points that are tried: whole codes around the middle."""
+    half = 2 ** (bits - 1)
+    count = min(16, 2 * half if of_input else half)
+    return jnp.arange(half - count // 2, half + count // 2, dtype=jnp.float32)
+
+
+def fpcs(
+    errors: Errors, low: jax.Array, high: jax.Array, zeros: jax.Array, floor: float = FINEST
+) -> State:
+    """Scale and zero point (C,) of least error, by a beam over a grid that narrows.
+
+    Returns the best state of all that were tried, the grid's included.
+    """
+    count = CANDIDATES // len(zeros)
+    scales = jnp.linspace(low, high, count)  # (count, C)
+    shape = (len(zeros), *scales.shape)
+    grid = {
+        "scale": jnp.broadcast_to(scales, shape).reshape(-1, shape[-1]),
+        "zero": jnp.broadcast_to(zeros[:, None, None], shape).reshape(-1, shape[-1]),
+    }
+    kept, best = select(errors, grid, BEAM)
+    spread = (high - low) / max(count - 1, 1)
+    return refine(errors, kept, spread, CANDIDATES // BEAM, floor, best)
+
+
+def second_largest(low: jax.Array, high: jax.Array, zeros: jax.Array) -> State:
+    """The state that a search begins with."""
+    count = CANDIDATES // len(zeros)
+    scale = jnp.linspace(low, high, count)[-2]
+    return {"scale": scale, "zero": jnp.full_like(scale, zeros[len(zeros) // 2])}
+
+
+# ------------------------------------------------------------------------------- linear maps
+
+
+def by_values(quantizer: Any, x: jax.Array, axes: Any, of_input: bool, floor: float) -> State:
+    """The state with the least squared error on the values themselves."""
+
+    def errors(state: State) -> jax.Array:
+        return jnp.atleast_1d(jnp.square(quantizer(x, **state) - x).mean(axes))
+
+    return fpcs(
+        errors, *span(x, quantizer.bits, axes, floor), zeros_of(quantizer.bits, of_input), floor
+    )
+
+
+def kernel_by_output(
+    quantizer: Uniform, x_hat: jax.Array, x: jax.Array, kernel_IxO: jax.Array
+) -> State:
+    """The kernel's state (O,) with the least squared error of the outputs, by column."""
+    rows = row_errors(kernel_IxO.T, x_hat.T, x.T)
+
+    def errors(state: State) -> jax.Array:
+        return rows(quantizer(kernel_IxO, **state).T)
+
+    ends = span(kernel_IxO, quantizer.bits, 0, 1e-8)
+    return fpcs(errors, *ends, zeros_of(quantizer.bits, False), 1e-8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def search_linear(
+    weigher: Uniform, quantizer: Uniform, x_NxI: jax.Array, kernel_IxO: jax.Array
+) -> dict[str, State]:
+    """The states of a kernel and of a uniform input, each by the outputs, in turns."""
+    kernel = by_values(weigher, kernel_IxO, 0, False, 1e-8)
+    given = by_values(quantizer, x_NxI, None, True, FINEST)
+    ends = span(x_NxI, quantizer.bits, None, FINEST)
+    for _ in range(ROUNDS):
+        x_hat = quantizer(x_NxI, **given)
+        kernel = kernel_by_output(weigher, x_hat, x_NxI, kernel_IxO)
+        rows = row_errors(x_NxI, weigher(kernel_IxO, **kernel), kernel_IxO)
+
+        def errors(state: State, rows: Any = rows) -> jax.Array:
+            return rows(quantizer(x_NxI, **state)).sum(keepdims=True)
+
+        given = fpcs(errors, *ends, zeros_of(quantizer.bits, True))
+    return {"input": given, "kernel": kernel}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def search_log_linear(
+    weigher: Uniform, quantizer: Shifted, x_NxI: jax.Array, kernel_IxO: jax.Array
+) -> dict[str, State]:
+    """The states of fc2: base and scale of its shifted logarithmic input, and its kernel's."""
+    kernel = by_values(weigher, kernel_IxO, 0, False, 1e-8)
+    positive = jnp.where(x_NxI > 0, x_NxI, jnp.nan)
+    ends = jnp.nanquantile(positive, jnp.array([0.9, 1.0])) + quantizer.shift
+    scales = jnp.linspace(ends[0], ends[1], 16)[:, None]  # (16, 1)
+    bases = jnp.arange(BASES[0], BASES[1] + 1)[:, None]  # (128, 1)
+    given: State = {"scale": scales[-2], "q": jnp.full((1,), 37.0)}
+    for _ in range(ROUNDS):
+        rows = row_errors(x_NxI, weigher(kernel_IxO, **kernel), kernel_IxO)
+
+        def errors(state: State, rows: Any = rows) -> jax.Array:
+            return rows(quantizer(x_NxI, **state)).sum(keepdims=True)
+
+        ranked = {"scale": jnp.broadcast_to(given["scale"], bases.shape), "q": bases}
+        kept, best = select(errors, ranked, 8)
+        crossed = {
+            "scale": jnp.tile(scales, (8, 1)),
+            "q": jnp.repeat(kept["q"], 16, axis=0),
+        }
+        kept, best = select(errors, crossed, 32, best)
+        spread = (ends[1] - ends[0]) / 15
+        given = refine(errors, kept, spread, 4, FINEST, best)
+        kernel = kernel_by_output(weigher, quantizer(x_NxI, **given), x_NxI, kernel_IxO)
+    return {"input": given, "kernel": kernel}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def search_channels(quantizer: Uniform, x_NxI: jax.Array) -> State:
+    """The state (I,) of an input whose channels have scales of their own."""
+    return by_values(quantizer, x_NxI, 0, True, FINEST)
+
+
+# --------------------------------------------------------------------- products of attention
+
+
+def by_head(state: State) -> State:
+    """(H,) beside (B, H, N, K)."""
+    return {name: value[None, :, None, None] for name, value in state.items()}
+
+
+def left_by_output(
+    quantizer: Uniform, left: jax.Array, right: jax.Array, float_right: jax.Array
+) -> State:
+    """The state (H,) of the left operand (B, H, N, K) of a product, by its squared error."""
+    rows = row_errors(left, right, float_right)
+
+    def errors(state: State) -> jax.Array:
+        return rows(quantizer(left, **by_head(state))).sum((0, 2))
+
+    ends = span(left, quantizer.bits, (0, 2, 3), FINEST)
+    return fpcs(errors, *ends, zeros_of(quantizer.bits, False))
+
+
+def first_state(quantizer: Uniform, x_BxHxNxK: jax.Array) -> State:
+    ends = span(x_BxHxNxK, quantizer.bits, (0, 2, 3), FINEST)
+    return second_largest(*ends, zeros_of(quantizer.bits, False))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def search_scores(
+    of_q: Uniform, of_k: Uniform, q_BxLxHxK: jax.Array, k_BxSxHxK: jax.Array
+) -> dict[str, State]:
+    """The states (H,) of queries and keys, by their products, in turns."""
+    q, k = q_BxLxHxK.swapaxes(1, 2), k_BxSxHxK.swapaxes(1, 2)
+    states = {"query": first_state(of_q, q), "key": first_state(of_k, k)}
+    for _ in range(ROUNDS):
+        k_hat = of_k(k, **by_head(states["key"]))
+        states["query"] = left_by_output(of_q, q, k_hat.swapaxes(2, 3), k.swapaxes(2, 3))
+        q_hat = of_q(q, **by_head(states["query"]))
+        states["key"] = left_by_output(of_k, k, q_hat.swapaxes(2, 3), q.swapaxes(2, 3))
+    return states
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def search_mix(
+    of_p: Any, of_v: Uniform, p_BxHxLxS: jax.Array, v_BxSxHxK: jax.Array
+) -> dict[str, State]:
+    """The base of probabilities, whose scale is 1, and the state (H,) of values, in turns."""
+    v = v_BxSxHxK.swapaxes(1, 2)
+    found = first_state(of_v, v)
+    bases = {"q": jnp.arange(BASES[0], BASES[1] + 1)[:, None]}
+    for _ in range(ROUNDS):
+        rows = row_errors(p_BxHxLxS, of_v(v, **by_head(found)), v)
+
+        def errors(state: State, rows: Any = rows) -> jax.Array:
+            return rows(of_p(p_BxHxLxS, 1.0, state["q"])).sum(keepdims=True)
+
+        base = least(bases, each(errors, bases), 1)["q"][0]
+        p_hat = of_p(p_BxHxLxS, 1.0, base)
+        turned = [x.swapaxes(2, 3) for x in (v, p_hat, p_BxHxLxS)]
+        found = left_by_output(of_v, *turned)
+    return {"probabilities": {"scale": jnp.ones(1), "q": base}, "value": found}
+
+
+class AdaLogSearch:
+    """The calibration of a whole model: every product against the float network's operands."""
+
+    passes, passes_on = 1, "float"
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+
+    def linear(self, layer: Linear) -> Mapping[str, State]:
+        weigher, quantizer = layer.quantizer("kernel"), layer.quantizer("input")
+        if isinstance(quantizer, Shifted):
+            return search_log_linear(weigher, quantizer, layer.x_NxI, layer.kernel_IxO)
+        x, kernel = layer.x_NxI, layer.kernel_IxO
+        norm = norm_before(layer.paths[0])
+        if norm and "bias" in (at(self.params, norm) or {}):
+            channels = search_channels(quantizer, x)
+            scale, zero = channels["scale"].mean(), jnp.round(channels["zero"].mean())
+            change = collapse(channels["scale"], channels["zero"], scale, zero)
+            self.params = reparameterized(self.params, norm, layer.paths, change)
+            x = x / change.factor_I - change.shift_I
+            kernel = linear_parameters({"kernel": kernel}, change)["kernel"]
+        return search_linear(weigher, quantizer, x, kernel)
+
+    def scores(self, product: Product) -> Mapping[str, State]:
+        quantizers = product.quantizer("query"), product.quantizer("key")
+        return search_scores(*quantizers, product.left, product.right)
+
+    def mix(self, product: Product) -> Mapping[str, State]:
+        quantizers = product.quantizer("probabilities"), product.quantizer("value")
+        return search_mix(*quantizers, product.left, product.right)

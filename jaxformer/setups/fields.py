@@ -1,0 +1,52 @@
+"""Fields that the configs of several papers have."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def image_classifier(config: ConfigDict) -> None:
+    """What `jaxformer.setups.vision` reads: a small ViT on scikit-learn's digits."""
+    config.model = {
+        "width": 64,
+        "depth": 4,
+        "heads": 4,
+        "hidden": 256,
+        "patch": 2,
+        "dropout": 0.0,
+        "scan": False,
+        "remat": "none",
+        "dtype": "float32",
+    }
+    config.data = {
+        "train": "",  # a folder of images; none: scikit-learn's digits
+        "test": "",
+        "size": 8,
+        "classes": 10,
+    }
+    config.huggingface = ConfigDict()  # of an imported model its config.json, for `model`'s sizes
+    config.init_from = ""  # the run of a trained model, such as `jaxformer import` makes
+    config.fresh = r"(?!)"  # its parameters that begin anew: r"^head/" for other classes
+
+
+def post_training(config: ConfigDict, preset: str) -> None:
+    """What `jaxformer.setups.post_training` reads; "paper" is DeiT-S, imported, on ImageNet."""
+    image_classifier(config)
+    config.bits = {"weights": 4, "activations": 4}
+    config.calibration = {"images": 32}  # the first of the training data
+    # Small models have none: put in, without changing what the model computes; 0 channels: none.
+    config.outliers = {"channels": 3, "factor": 20.0}
+    config.update({"steps": 1200, "batch_size": 64})
+    config.optim.update(learning_rate=2e-3, warmup_steps=50)
+    if preset == "tiny":
+        config.model.update({"width": 32, "depth": 2, "hidden": 64, "patch": 4})
+        config.update({"steps": 40, "batch_size": 16})
+        config.optim.warmup_steps = 5
+        config.calibration.images = 8
+        config.evaluate.batches = 4
+    elif preset == "paper":
+        config.model.update({"width": 384, "depth": 12, "heads": 6, "hidden": 1536, "patch": 16})
+        config.data.update({"train": "imagenet/train", "test": "imagenet/val"})
+        config.data.update({"size": 224, "classes": 1000})
+        config.outliers.channels = 0
+        config.update({"steps": 0, "init_from": "runs/deit_small"})

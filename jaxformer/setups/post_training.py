@@ -1,0 +1,116 @@
+"""Post-training quantisation of an image classifier: train or import, then calibrate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxformer.compress.calibration import CalibrationUpdate, ChangesParameters, quantized_task
+from jaxformer.compress.outliers import at_norms, draw_channels
+from jaxformer.compress.procedures import MinMax, RepQ, repq_rules, uniform_rules
+from jaxformer.compress.quantized import Quantized
+from jaxformer.errors import ConfigError
+from jaxformer.evaluation.claims import Lab
+from jaxformer.evaluation.evaluators import MeanEvaluator
+from jaxformer.parallel.mesh import make_mesh
+from jaxformer.recipe import EvalContext, InitFrom, Params, Phase, Recipe, TrainState
+from jaxformer.setups import vision
+from jaxformer.tasks.classify import ClassifyTask
+from jaxformer.tasks.staged import StagedTask
+from jaxformer.train.states import enter
+from jaxformer.train.updates import GradientUpdate
+
+
+def recipe(
+    config: ConfigDict, rules: Quantized, procedure: Callable[[Params], ChangesParameters]
+) -> Recipe:
+    """Phases "train", "outliers" and "calibrate"; with `init_from` the first is another run's.
+
+    Raises:
+        ConfigError: no images to calibrate on, a model whose layers are a loop, or a trained run
+            that is to be trained again.
+    """
+    vision.adopt(config)
+    count = config.calibration.images
+    if count < 1:
+        raise ConfigError(f"calibration.images={count}: give at least one image")
+    if config.model.scan:
+        raise ConfigError("model.scan=True: layers are calibrated one by one; set it to False")
+    if config.init_from and config.steps:
+        raise ConfigError(
+            f"config.steps={config.steps}: the run init_from={config.init_from!r} has been "
+            "trained; give 0"
+        )
+    task = ClassifyTask(vision.classifier(config))
+    train, test = vision.images(config)
+    few = dataclasses.replace(train, batch_size=count)
+    update = CalibrationUpdate(task, rules, few, procedure)
+    phases = [
+        Phase("train", config.steps, train, GradientUpdate.of(task, config)),
+        Phase("outliers", enter=outliers(config)),
+        Phase("calibrate", 1, few, update),
+    ]
+    staged = StagedTask((task, quantized_task(task, rules)))
+    evaluator = MeanEvaluator(staged, test, "test", config.evaluate.every or "phase_end")
+    source = InitFrom(config.init_from, fresh=config.fresh) if config.init_from else None
+    return Recipe(staged, phases, [evaluator], init_from=source, unit="images")
+
+
+def outliers(config: ConfigDict) -> Callable[[TrainState], TrainState]:
+    """The surgery of `config.outliers`: some channels of every norm become large."""
+    count, factor = config.outliers.channels, config.outliers.factor
+    channels = draw_channels(config.model.width, count, config.seed)
+
+    def enter(state: TrainState) -> TrainState:
+        return state.replace(params=at_norms(state.params, channels, factor))
+
+    return enter if count else lambda state: state
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to quantise: its name, its rules by (weights, activations) bits, and its procedure."""
+
+    name: str
+    rules: Callable[[int, int], Quantized]
+    procedure: Callable[[Params], ChangesParameters]
+
+
+MIN_MAX = Method("min-max", uniform_rules, MinMax)
+REPQ = Method("RepQ-ViT", repq_rules, RepQ)
+
+
+class Bench:
+    """A trained model with outliers, which methods are then tried on: `accuracy(method, 4, 4)`."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.config = ConfigDict(lab.recipe().config)
+        whole = self.recipe(MIN_MAX, 8, 8)
+        phases = [phase for phase in whole.phases if phase.name != "calibrate"]
+        self.state = lab.fit(dataclasses.replace(whole, phases=phases, evaluators=()))
+        self.float_accuracy = self.accuracy_of(whole, self.state)
+
+    def recipe(self, method: Method, weights: int, activations: int) -> Recipe:
+        return recipe(self.config, method.rules(weights, activations), method.procedure)
+
+    def calibrated(self, method: Method, weights: int, activations: int) -> tuple[Recipe, Any]:
+        """The recipe and the state that its calibration leaves."""
+        made = self.recipe(method, weights, activations)
+        phase = made.phases[-1]
+        assert phase.update is not None and phase.data is not None
+        state, _ = phase.update(enter(phase, self.state), phase.data.batch(0))
+        return made, state
+
+    def accuracy(self, method: Method, weights: int, activations: int) -> float:
+        """Of all test images, in percent."""
+        return self.accuracy_of(*self.calibrated(method, weights, activations))
+
+    def accuracy_of(self, made: Recipe, state: TrainState) -> float:
+        """Of a state, in percent."""
+        (evaluator,), mesh = made.evaluators, make_mesh()
+        with jax.set_mesh(mesh):
+            return 100 * evaluator(state, EvalContext(mesh, "test"))["accuracy"]
