@@ -12,7 +12,7 @@ def get_config(preset: str) -> ConfigDict:
     """A ViT on the digits, trained, converted and up-trained."""
     config = base("key_driven_gqa")
     image_classifier(config)
-    config.model.update({"heads": 8, "hidden": 128, "patch": 4})
+    config.model.update({"heads": 8, "hidden": 128, "patch": 4, "pool": "mean"})
     config.model.update(
         {
             "scheme": "dgqa_diff",  # gqa | kdgqa | dgqa_diff | dgqa_ema | pgqa
@@ -42,7 +42,7 @@ def get_config(preset: str) -> ConfigDict:
 def paper(config: ConfigDict) -> None:
     """ViT-L/16 at 224, fine-tuned for five epochs of CIFAR-100; name its folders of images."""
     config.model.update({"width": 1024, "depth": 24, "heads": 16, "kv_heads": 8, "hidden": 4096})
-    config.model.update({"patch": 16, "window": 300, "dtype": "bfloat16"})
+    config.model.update({"patch": 16, "pool": "token", "window": 300, "dtype": "bfloat16"})
     config.data.update({"train": "cifar100/train", "test": "cifar100/test"})
     config.data.update({"size": 224, "classes": 100})
     config.optim.update(learning_rate=1e-5, warmup_steps=0, schedule="constant", clip=0.0)

@@ -38,7 +38,7 @@ class ChangesParameters(Procedure):
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationUpdate:
-    """One step finds all scales on one batch, without labels; `procedure(params)` is a new search."""
+    """One step finds all scales on one batch, without labels, by a new `procedure(params)`."""
 
     task: Any  # the float one
     rules: Quantized

@@ -13,6 +13,7 @@ def image_classifier(config: ConfigDict) -> None:
         "heads": 4,
         "hidden": 256,
         "patch": 2,
+        "pool": "token",  # token | mean: what the head reads
         "dropout": 0.0,
         "scan": False,
         "remat": "none",

@@ -47,9 +47,8 @@ def classifier(config: ConfigDict) -> Any:
     model = config.model
     if not config.huggingface:
         trunk = Transformer(**{name: model[name] for name in SIZES})
-        return vit(
-            trunk, image_size=config.data.size, patch=model.patch, classes=config.data.classes
-        )
+        sizes = {"image_size": config.data.size, "classes": config.data.classes}
+        return vit(trunk, patch=model.patch, pool=model.pool, **sizes)
     port = port_of(config.huggingface.to_dict(), "config.huggingface", model.dtype)
     if port.task is not ClassifyTask or "image" not in port.batch:
         raise ConfigError(

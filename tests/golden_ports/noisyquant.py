@@ -47,11 +47,8 @@ def clips(case):
 
 def noisy(case):
     c, inputs = case.config, case.inputs
-    quantizer, weight, bias = (
-        Symmetric(c["bit"]),
-        case.weights["fc.weight"],
-        case.weights["fc.bias"],
-    )
+    quantizer = Symmetric(c["bit"])
+    weight, bias = case.weights["fc.weight"], case.weights["fc.bias"]
     weight_q = quantizer(weight, **symmetric_max(c["bit"], weight, (1,)))
     x, x2, kernel = inputs["x"], inputs["x2"], weight_q.T
     scale = clip_search(rows(x), kernel, quantizer).value

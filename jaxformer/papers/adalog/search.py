@@ -143,7 +143,7 @@ def search_linear(
         rows = row_errors(x_NxI, weigher(kernel_IxO, **kernel), kernel_IxO)
 
         def errors(state: State, rows: Any = rows) -> jax.Array:
-            return rows(quantizer(x_NxI, **state)).sum(keepdims=True)
+            return rows(quantizer(x_NxI, **state)).sum()[None]
 
         given = fpcs(errors, *ends, zeros_of(quantizer.bits, True))
     return {"input": given, "kernel": kernel}
@@ -164,7 +164,7 @@ def search_log_linear(
         rows = row_errors(x_NxI, weigher(kernel_IxO, **kernel), kernel_IxO)
 
         def errors(state: State, rows: Any = rows) -> jax.Array:
-            return rows(quantizer(x_NxI, **state)).sum(keepdims=True)
+            return rows(quantizer(x_NxI, **state)).sum()[None]
 
         ranked = {"scale": jnp.broadcast_to(given["scale"], bases.shape), "q": bases}
         kept, best = select(errors, ranked, 8)
@@ -238,7 +238,7 @@ def search_mix(
         rows = row_errors(p_BxHxLxS, of_v(v, **by_head(found)), v)
 
         def errors(state: State, rows: Any = rows) -> jax.Array:
-            return rows(of_p(p_BxHxLxS, 1.0, state["q"])).sum(keepdims=True)
+            return rows(of_p(p_BxHxLxS, 1.0, state["q"])).sum()[None]
 
         base = least(bases, each(errors, bases), 1)["q"][0]
         p_hat = of_p(p_BxHxLxS, 1.0, base)

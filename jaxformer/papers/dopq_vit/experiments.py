@@ -98,9 +98,9 @@ def _plot(lab: Lab, at_most: float, rows: list[dict[str, Any]]) -> Path:
 
 def _error(bits: int) -> Claim:
     return Claim(
-        says=f"With {bits} bits for softmax attention of random scores, both forms of TanQ err less "
-        "in the output than uniform codes, log2 and log sqrt(2) (the worse form, ratio to the best "
-        "of them).",
+        says=f"With {bits} bits for softmax attention of random scores, both forms of TanQ err "
+        "less in the output than uniform codes, log2 and log sqrt(2) (the worse form, ratio to the "
+        "best of them).",
         source="section 3: TanQ",
         experiment=probabilities,
         value=f"error_ratio_{bits}",
@@ -111,8 +111,8 @@ def _error(bits: int) -> Claim:
 
 def _one_sided(bits: int) -> Claim:
     return Claim(
-        says=f"A tangent that is dense near 1 alone is no quantiser for it at {bits} bits (share of "
-        "uniform's error that it saves).",
+        says=f"A tangent that is dense near 1 alone is no quantiser for it at {bits} bits (share "
+        "of uniform's error that it saves).",
         source="section 3: both ends matter",
         experiment=probabilities,
         value=f"one_sided_gain_{bits}",
