@@ -74,7 +74,11 @@ def rules(weights: int, activations: int, patches: int = 8) -> Quantized:
     """What is quantised to how many bits, and how: all linear maps and both products of attention.
 
     The input of the patch embedding has `patches` bits.
+
+    Raises:
+        ConfigError: bits outside 2 to 8.
     """
+    check_bits(weights, 2, 8)
     log = AdaLog(activations)
     uniform = Uniform(activations)
     return Quantized(

@@ -248,4 +248,5 @@ def rules(weights: int, activations: int, form: str = "sym") -> Quantized:
     """
     if form not in FORMS:
         raise ConfigError(f"model.form={form!r}: must be one of {', '.join(FORMS)}")
+    check_bits(weights, 2)
     return uniform_rules(weights, activations, FORMS[form](activations))
