@@ -37,8 +37,9 @@ def post_training(config: ConfigDict, preset: str) -> None:
     config.calibration = {"images": 32}  # the first of the training data
     # Small models have none: put in, without changing what the model computes; 0 channels: none.
     config.outliers = {"channels": 3, "factor": 20.0}
-    config.update({"steps": 1200, "batch_size": 64})
-    config.optim.update(learning_rate=2e-3, warmup_steps=50)
+    config.model.dropout = 0.1
+    config.update({"steps": 2000, "batch_size": 32})
+    config.optim.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1)
     if preset == "tiny":
         config.model.update({"width": 32, "depth": 2, "hidden": 64, "patch": 4})
         config.update({"steps": 40, "batch_size": 16})
@@ -50,4 +51,5 @@ def post_training(config: ConfigDict, preset: str) -> None:
         config.data.update({"train": "imagenet/train", "test": "imagenet/val"})
         config.data.update({"size": 224, "classes": 1000})
         config.outliers.channels = 0
+        config.model.dropout = 0.0
         config.update({"steps": 0, "init_from": "runs/deit_small"})
