@@ -1,4 +1,4 @@
-"""AdaLog: post-training quantisation with an adaptive logarithm (arXiv 2407.12951)."""
+"""AdaLog: quantising ViTs after training, by logarithms whose base is searched (2407.12951)."""
 
 from jaxformer.papers.adalog.experiments import CLAIMS as CLAIMS
 from jaxformer.papers.adalog.recipe import build as build

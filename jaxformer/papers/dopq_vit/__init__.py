@@ -1,4 +1,4 @@
-"""DopQ-ViT: post-training quantisation for the distributions of ViTs (arXiv 2408.03291)."""
+"""DopQ-ViT: quantising ViTs after training, attention by a tangent (2408.03291)."""
 
 from jaxformer.papers.dopq_vit.experiments import CLAIMS as CLAIMS
 from jaxformer.papers.dopq_vit.recipe import build as build
