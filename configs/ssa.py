@@ -43,7 +43,7 @@ def get_config(preset: str) -> ConfigDict:
     config.ensemble = {"passes": 20}  # at evaluation; 0: none
     config.sample = {"prompt": "def ", "length": 200, "temperature": 0.7}
     config.optim.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.05, final=0.1)
-    config.update({"steps": 700, "batch_size": 50})
+    config.update({"steps": 700, "batch_size": 32})
     if preset == "tiny":
         config.update({"steps": 40, "batch_size": 8})
         config.model.update({"width": 32, "depth": 2, "heads": 2, "hidden": 64})
@@ -55,7 +55,7 @@ def get_config(preset: str) -> ConfigDict:
         config.update({"steps": 300, "batch_size": 16})
         config.data.task = "text"
         config.model.draw = "local"
-        config.dense.share = 0.1
+        config.dense.share = 0.15
         config.ensemble.passes = 0
         config.optim.weight_decay = 0.1
         config.evaluate.batches = 32

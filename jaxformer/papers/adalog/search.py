@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxformer.compress.observers import min_max
 from jaxformer.compress.quantizers import Shifted, Uniform
 from jaxformer.compress.reparameterize import (
     at,
@@ -150,6 +151,20 @@ def search_linear(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+def search_pixels(
+    weigher: Uniform, quantizer: Uniform, x_NxI: jax.Array, kernel_IxO: jax.Array
+) -> dict[str, State]:
+    """The states of a patch embedding: the range of its pixels, and its kernel's by the outputs.
+
+    Pixels have 256 levels, which 8 bits keep. The search's zero points, near the middle, would
+    clip those of images that are not centred.
+    """
+    given = min_max(quantizer.bits, x_NxI, None)
+    kernel = kernel_by_output(weigher, quantizer(x_NxI, **given), x_NxI, kernel_IxO)
+    return {"input": given, "kernel": kernel}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def search_log_linear(
     weigher: Uniform, quantizer: Shifted, x_NxI: jax.Array, kernel_IxO: jax.Array
 ) -> dict[str, State]:
@@ -259,6 +274,8 @@ class AdaLogSearch:
         weigher, quantizer = layer.quantizer("kernel"), layer.quantizer("input")
         if isinstance(quantizer, Shifted):
             return search_log_linear(weigher, quantizer, layer.x_NxI, layer.kernel_IxO)
+        if layer.paths[0][-2:] == ("embed", "projection"):
+            return search_pixels(weigher, quantizer, layer.x_NxI, layer.kernel_IxO)
         x, kernel = layer.x_NxI, layer.kernel_IxO
         norm = norm_before(layer.paths[0])
         if norm and "bias" in (at(self.params, norm) or {}):
