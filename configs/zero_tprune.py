@@ -44,8 +44,8 @@ def get_config(preset: str) -> ConfigDict:
     config.huggingface = ConfigDict()  # of an imported ViT or DeiT its config.json
     config.init_from = ""  # the run of a trained model, such as `jaxformer import` makes
     config.fresh = r"(?!)"  # its parameters that begin anew
-    config.optim.update(name="muon", learning_rate=3e-3, warmup_steps=50, weight_decay=0.01)
-    config.update({"steps": 900, "batch_size": 32})
+    config.optim.update(name="muon", learning_rate=5e-3, warmup_steps=50)
+    config.update({"steps": 1200, "batch_size": 32})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 8})
         config.model.update({"width": 32, "depth": 4, "heads": 2, "hidden": 64})
