@@ -62,7 +62,7 @@ def get_config(preset: str) -> ConfigDict:
     if preset == "tiny":
         config.update({"steps": 40, "batch_size": 8})
         config.model.update({"width": 32, "depth": 2, "heads": 4, "hidden": 64})
-        config.prune.update({"steps": 60, "interval": 2})
+        config.prune.update({"steps": 60, "interval": 2, "coefficient": 50.0})
         config.fine_tune.steps = 20
         config.optim.warmup_steps = 5
         config.evaluate.batches = 4

@@ -20,6 +20,7 @@ from jaxformer.compress.prune import count_units, densify, vit_structures
 from jaxformer.data.base import Epoch, IndexedData
 from jaxformer.data.sources.image import digits
 from jaxformer.data.sources.imagenet import imagenet
+from jaxformer.data.transforms import RandomCrop
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.interop.imported import image_classifier, imported
@@ -233,4 +234,6 @@ def data(config: ConfigDict) -> tuple[Data, FiniteData]:
             f"data.size={fields.size}, classes={fields.classes}: digits have 8 and 10; "
             "data.task=folder has images of any size"
         )
-    return IndexedData(digits("train"), rows, config.seed), Epoch(digits("test"), rows, limit=limit)
+    shift = [RandomCrop(8, padding=1)]
+    train = IndexedData(digits("train"), rows, config.seed, shift)
+    return train, Epoch(digits("test"), rows, limit=limit)
