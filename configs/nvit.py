@@ -32,6 +32,7 @@ def get_config(preset: str) -> ConfigDict:
         "eta": 4.04e-5,  # what a block's whole latency is worth; 0: score alone
         "latency_table": "",  # an .npz of jaxformer.analyze.latency; none: the formula
         "norm": "masked",  # masked | legacy: over removed channels too, as the authors' code
+        "optimizer": "adamw",
         "learning_rate": 5e-4,
         "schedule": "constant",
         "coefficient": 1e3,  # of L_full, whose mean is over classes: 1e5 for 1000 of them
@@ -39,6 +40,7 @@ def get_config(preset: str) -> ConfigDict:
     }
     config.fine_tune = {
         "steps": 300,
+        "optimizer": "adamw",
         "learning_rate": 1e-3,
         "schedule": "cosine",
         "coefficient": 1e3,
@@ -57,8 +59,8 @@ def get_config(preset: str) -> ConfigDict:
     config.huggingface = ConfigDict()  # of an imported ViT or DeiT its config.json
     config.init_from = ""  # the run of a trained model, such as `jaxformer import` makes
     config.fresh = r"(?!)"  # its parameters that begin anew
-    config.optim.update(learning_rate=2e-3, warmup_steps=20, weight_decay=0.05)
-    config.update({"steps": 900, "batch_size": 32})
+    config.optim.update(name="muon", learning_rate=5e-3, warmup_steps=50, weight_decay=0.05)
+    config.update({"steps": 1200, "batch_size": 32})
     if preset == "tiny":
         config.update({"steps": 40, "batch_size": 8})
         config.model.update({"width": 32, "depth": 2, "heads": 4, "hidden": 64})
@@ -83,7 +85,7 @@ def images(config: ConfigDict) -> None:
     config.model.update({"depth": 12, "patch": 16, "label_smoothing": 0.1, "drop_path": 0.1})
     config.model.dtype = "bfloat16"
     config.data.update({"task": "folder", "size": 224, "classes": 1000})
-    config.optim.update(weight_decay=0.05)
+    config.optim.update(name="adamw", weight_decay=0.05)
 
 
 def paper(config: ConfigDict) -> None:

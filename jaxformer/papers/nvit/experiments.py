@@ -90,6 +90,7 @@ def continued(lab: Lab, start: str, seed: int) -> float:
     recipe = lab.recipe(seed=seed, steps=0, init_from=start)
     prune, tune = recipe.config["prune"], recipe.config["fine_tune"]
     fields = {"optim__learning_rate": tune["learning_rate"], "optim__warmup_steps": 0}
+    fields["optim__name"] = tune["optimizer"]
     recipe = lab.recipe(seed=seed, steps=prune["steps"] + tune["steps"], init_from=start, **fields)
     first = dataclasses.replace(recipe, phases=recipe.phases[:1], evaluators=())
     return accuracy(recipe, fit(first, options=FitOptions(seed=seed, progress=lab.progress)))

@@ -204,10 +204,10 @@ def latency_of(config: ConfigDict) -> Latency:
 
 
 def optimizer(config: ConfigDict, phase: ConfigDict) -> Any:
-    """That of the config with the learning rate and schedule of a phase."""
+    """That of the config with the name, learning rate and schedule of a phase."""
     optim = config.optim.copy_and_resolve_references()
+    optim.name, optim.warmup_steps = phase.optimizer, 0
     optim.learning_rate, optim.schedule = phase.learning_rate, phase.schedule
-    optim.warmup_steps = 0
     return build_optimizer(optim, phase.steps)
 
 
