@@ -23,21 +23,17 @@ from jaxformer.compress.tokens import (
 from jaxformer.kernels.attention import Full
 from jaxformer.models.transformer import Transformer
 from jaxformer.models.vit import vit
+from jaxformer.papers.zero_tprune.methods import METHODS, Layer, Options, pruned, token_counts
 from jaxformer.papers.zero_tprune.model import (
     EIR,
-    METHODS,
     METRICS,
     PARTITIONS,
     Distance,
     Importance,
-    Layer,
     MeanOfHeads,
-    Options,
     SStage,
     ZeroTPrune,
     page_rank,
-    pruned,
-    token_counts,
 )
 from jaxformer.papers.zero_tprune.recipe import foreground
 from jaxformer.recipe import ConfigError

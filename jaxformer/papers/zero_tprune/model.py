@@ -8,26 +8,19 @@ variance-based head filter, EIR the emphasising informative region aggregation.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxformer.compress.intercepted import Intercepted
 from jaxformer.compress.tokens import (
-    Chance,
-    ClassAttention,
-    KeepTop,
-    Pruner,
     Seen,
     keep_best,
     kept_count,
-    prune_tokens,
 )
 from jaxformer.errors import ConfigError
-from jaxformer.models.encoder import Classifier
 
 # ------------------------------------------------------------------------- weighted page rank
 
@@ -324,91 +317,3 @@ class ZeroTPrune:
         scores_BxN = self.importance(seen, None if whole else alive_BxN)
         scores_BxN = jnp.where(alive_BxN, scores_BxN, -jnp.inf)
         return keep_best(scores_BxN, count, seen.protected)
-
-
-@dataclasses.dataclass(frozen=True)
-class Matched:
-    """The S-stage alone, removing as many as `ZeroTPrune` with this `keep` and this `removed`."""
-
-    keep: float
-    removed: int
-    similar: SStage = SStage(0, order=None, partition="alternate")  # as ToMe matches
-
-    def __call__(self, seen: Seen) -> jax.Array:
-        count = kept_count(self.keep, seen.free - self.removed)
-        similar = dataclasses.replace(self.similar, removed=seen.free - count)
-        return keep_best(similar(seen).astype(jnp.float32), count, seen.protected)
-
-
-METHODS = ("zero_tprune", "importance", "similarity", "class_attention", "random", "none")
-AGGREGATES: dict[str, Aggregate] = {
-    "eir_vhf": EIR(),
-    "eir": EIR(0.0, float("inf")),
-    "mean": MeanOfHeads(),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A pruning layer by numbers: after block `after`, r `removed`, rho `keep` of what is left."""
-
-    after: int
-    keep: float
-    removed: int
-    iterations: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What all pruning layers share, as it stands in a config."""
-
-    method: str = "zero_tprune"
-    boost: bool = True
-    aggregate: str = "eir_vhf"
-    restrict: bool = True
-    feature: str = "key"
-    metric: str = "cosine"
-    partition: str = "seq_u"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for field, allowed in (("method", METHODS), ("aggregate", AGGREGATES)):
-            if getattr(self, field) not in allowed:
-                value, names = getattr(self, field), ", ".join(allowed)
-                raise ConfigError(f"prune.{field}={value!r}: must be one of {names}")
-
-    def pruner(self, layer: Layer) -> Pruner:
-        """The pruner of a layer; every method keeps as many tokens."""
-        aggregate = AGGREGATES[self.aggregate]
-        importance = Importance(layer.iterations, self.boost, aggregate)
-        if self.method == "zero_tprune":
-            order = Importance(1, self.boost, aggregate)
-            similar = SStage(layer.removed, order, self.feature, self.metric, self.partition)
-            return ZeroTPrune(layer.keep, similar, importance, self.restrict)
-        if self.method == "similarity":
-            return Matched(layer.keep, layer.removed)
-        scores = {
-            "importance": importance,
-            "class_attention": ClassAttention(),
-            "random": Chance(self.seed + layer.after),
-        }
-        return KeepTop(scores[self.method], layer.keep, layer.removed)
-
-
-def pruned(model: Classifier, layers: Sequence[Layer], options: Options) -> Intercepted:
-    """`model` as it is, with these pruning layers."""
-    if options.method == "none":
-        layers = ()
-    return prune_tokens(model, {layer.after: options.pruner(layer) for layer in layers})
-
-
-def token_counts(tokens: int, blocks: int, layers: Sequence[Layer]) -> list[int]:
-    """How many tokens each block reads, class token included."""
-    counts = []
-    by_block = {layer.after: layer for layer in layers}
-    for number in range(1, blocks + 1):
-        counts.append(tokens)
-        if number in by_block:
-            layer = by_block[number]
-            tokens = 1 + kept_count(layer.keep, tokens - 1 - layer.removed)
-    return counts

@@ -20,7 +20,7 @@ from jaxformer.models.encoder import Classifier
 from jaxformer.models.transformer import Transformer, require
 from jaxformer.models.vit import vit
 from jaxformer.nn.patch import split_patches
-from jaxformer.papers.zero_tprune.model import Layer, Options, pruned
+from jaxformer.papers.zero_tprune.methods import Layer, Options, pruned
 from jaxformer.recipe import Batch, Data, Extra, InitFrom, LossOutput, Mean, Params, Phase, Recipe
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.train.updates import GradientUpdate
