@@ -23,7 +23,6 @@ from jaxformer.data.sources.imagenet import imagenet
 from jaxformer.data.transforms import RandomCrop
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.evaluators import MeanEvaluator
-from jaxformer.interop.imported import image_classifier, imported
 from jaxformer.models.encoder import Classifier
 from jaxformer.models.transformer import Transformer, require
 from jaxformer.models.vit import vit
@@ -43,6 +42,7 @@ from jaxformer.papers.nvit.model import (
 )
 from jaxformer.papers.nvit.phases import MASKS, SALIENCY, TEACHER, PruningUpdate, TaughtTask
 from jaxformer.recipe import Data, FiniteData, InitFrom, Phase, Recipe, TrainState
+from jaxformer.setups.vision import adopt, classifier
 from jaxformer.tasks.staged import StagedTask
 from jaxformer.train.optim import build as build_optimizer
 from jaxformer.train.states import restore
@@ -57,9 +57,7 @@ def build(config: ConfigDict) -> Recipe:
     `init_from` names a run with a trained model, which may be imported; its `huggingface` then
     describes the model, and is taken over into this config.
     """
-    if config.init_from and not config.huggingface:
-        with config.unlocked():
-            config.huggingface = ConfigDict(imported(config.init_from))
+    adopt(config)
     whole = trunk(config)
     if config.rule:
         require("config.rule", config.rule, ("revit",))
@@ -215,8 +213,7 @@ def trunk(config: ConfigDict) -> Classifier:
     """The ViT that is pruned: of the config's sizes, or the one that was imported."""
     model, fields = config.model, config.data
     if config.huggingface:
-        sized = {"side": fields.size, "classes": fields.classes}
-        return image_classifier(config.huggingface.to_dict(), model.dtype, **sized)
+        return classifier(config)
     names = ("width", "depth", "heads", "hidden", "dropout", "drop_path", "remat", "dtype")
     trunk = Transformer(**{name: model[name] for name in names})
     return vit(trunk, image_size=fields.size, patch=model.patch, classes=fields.classes)

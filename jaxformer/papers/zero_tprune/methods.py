@@ -33,15 +33,14 @@ from jaxformer.papers.zero_tprune.model import (
 
 @dataclasses.dataclass(frozen=True)
 class Matched:
-    """The S-stage alone, removing as many as `ZeroTPrune` with this `keep` and this `removed`."""
+    """ToMe's matching, dropping as many as `ZeroTPrune` with this `keep` and this `removed`."""
 
     keep: float
     removed: int
-    similar: SStage = SStage(0, order=None, partition="alternate")  # as ToMe matches
 
     def __call__(self, seen: Seen) -> jax.Array:
         count = kept_count(self.keep, seen.free - self.removed)
-        similar = dataclasses.replace(self.similar, removed=seen.free - count)
+        similar = SStage(seen.free - count, order=None, partition="alternate")
         return keep_best(similar(seen).astype(jnp.float32), count, seen.protected)
 
 

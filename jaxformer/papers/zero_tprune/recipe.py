@@ -15,13 +15,12 @@ from jaxformer.data.sources.imagenet import imagenet
 from jaxformer.data.sources.shapes import Shapes, Standardized
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.evaluators import MeanEvaluator
-from jaxformer.interop.imported import image_classifier, imported
 from jaxformer.models.encoder import Classifier
-from jaxformer.models.transformer import Transformer, require
-from jaxformer.models.vit import vit
+from jaxformer.models.transformer import require
 from jaxformer.nn.patch import split_patches
 from jaxformer.papers.zero_tprune.methods import Layer, Options, pruned
 from jaxformer.recipe import Batch, Data, Extra, InitFrom, LossOutput, Mean, Params, Phase, Recipe
+from jaxformer.setups.vision import adopt, classifier
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.train.updates import GradientUpdate
 
@@ -33,10 +32,8 @@ def build(config: ConfigDict) -> Recipe:
     its update the plain one. `init_from` names a run with a trained model; if that was imported,
     its `huggingface` describes the model, and is taken over into this config.
     """
-    if config.init_from and not config.huggingface:
-        with config.unlocked():
-            config.huggingface = ConfigDict(imported(config.init_from))
-    model = plain(config)
+    adopt(config)
+    model = classifier(config)
     train, unseen = data(config)
     whole = ClassifyTask(model)
     part = PrunedTask(shortened(config, model))
@@ -49,18 +46,6 @@ def build(config: ConfigDict) -> Recipe:
     phase = Phase("train", config.steps, train, GradientUpdate.of(whole, config))
     source = InitFrom(config.init_from, fresh=config.fresh) if config.init_from else None
     return Recipe(part, [phase], evaluators, init_from=source, unit="images")
-
-
-def plain(config: ConfigDict) -> Classifier:
-    """The ViT of the config's sizes, or the one that was imported."""
-    model, fields = config.model, config.data
-    if config.huggingface:
-        sizes = {"side": fields.size, "classes": fields.classes}
-        return image_classifier(config.huggingface.to_dict(), model.dtype, **sizes)
-    names = ("width", "depth", "heads", "hidden", "dropout", "scan", "remat", "dtype")
-    trunk = Transformer(**{name: model[name] for name in names})
-    sizes = {"image_size": fields.size, "patch": model.patch, "classes": fields.classes}
-    return vit(trunk, pool=model.pool, **sizes)
 
 
 def shortened(config: ConfigDict, model: Classifier) -> Intercepted:
