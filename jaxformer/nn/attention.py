@@ -166,6 +166,7 @@ class Attention(nn.Module):
     heads: int
     kv_heads: int | None = None
     head_size: int | None = None
+    value_size: int | None = None  # of a head of values; None: head_size
     scale: float | LogLength | None = None  # of the scores; None: head_size ** -0.5
     position: Make = Make(Position)
     window: Mask = FULL
@@ -190,16 +191,16 @@ class Attention(nn.Module):
         width = x_BxLxD.shape[-1]
         kv_heads, head_size = head_sizes(width, self.heads, self.kv_heads, self.head_size)
 
-        def project(x: jax.Array, heads: int, name: str) -> jax.Array:
+        def project(x: jax.Array, heads: int, name: str, size: int = head_size) -> jax.Array:
             equation = "...D,DHK->...HK"
             init = self.kernel_init(equation)
-            features = (heads, head_size)
+            features = (heads, size)
             return Einsum(equation, features, self.use_bias, kernel_init=init, name=name)(x)
 
         source_BxSxD = x_BxLxD if kv_BxSxD is None else kv_BxSxD
         q_BxLxHxK = project(x_BxLxD, self.heads, "query")
         k_BxSxGxK = project(source_BxSxD, kv_heads, "key")
-        v_BxSxGxK = project(source_BxSxD, kv_heads, "value")
+        v_BxSxGxK = project(source_BxSxD, kv_heads, "value", self.value_size or head_size)
 
         position = self.position(name="position")
         at_L = stream_positions(self, x_BxLxD, positions, decode)
@@ -246,7 +247,9 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """(B, L, H, K) of what was projected; `q_pos` and `k_pos` are what the mask goes by."""
         scale = self.scale
-        head_size = v_BxSxGxK.shape[-1]  # a scheme may have joined more to queries and keys
+        # A scheme may have joined more to queries and keys, values may have a size of their own.
+        head_size = self.head_size or q_BxLxHxK.shape[-1]
+        head_size = v_BxSxGxK.shape[-1] if self.value_size is None else head_size
         if isinstance(scale, LogLength):
             scale = scale(k_BxSxGxK.shape[1], head_size)
         elif scale is None and isinstance(scheme, Joins):

@@ -22,13 +22,18 @@ class LayerNorm(Norm):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1:]
         y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        mean, variance = self.moments(y)
+        y = (y - mean) * jax.lax.rsqrt(variance + self.epsilon)
         if self.use_scale:
             y = y * self.param("scale", jax.nn.initializers.ones, width, jnp.float32)
         if self.use_bias:
             y = y + self.param("bias", jax.nn.initializers.zeros, width, jnp.float32)
         return y.astype(x.dtype)
+
+    def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance (..., 1): what those intercept for whom not all channels count."""
+        mean = x.mean(-1, keepdims=True)
+        return mean, jnp.square(x - mean).mean(-1, keepdims=True)
 
 
 class RMSNorm(Norm):

@@ -23,6 +23,10 @@ CASES = {
         {"mask": Window(3, 3) & KeyPadding(VALID)},
     ),
     "alibi positions": (Attention(4, position=Make(ALiBi)), {"mask": Full(), "positions": AT}),
+    "values apart": (
+        Attention(4, kv_heads=2, head_size=6, value_size=5, scale=0.3, position=Make(RoPE)),
+        {"mask": Causal()},
+    ),
     "cross": (Attention(4, kv_heads=1), {"mask": Full(), "kv_BxSxD": KV}),
     "dropout": (Attention(4, dropout=0.4), {"mask": Causal(), "train": True}),
 }
@@ -49,8 +53,9 @@ def test_fused_equals_unfused_in_values_and_gradients(case, weights):
     )
 
 
-def test_attention_is_the_formula(weights):
-    module = Attention(2, kv_heads=1, use_bias=False)
+@pytest.mark.parametrize("sizes", [{}, {"head_size": 8, "value_size": 3}])
+def test_attention_is_the_formula(weights, sizes):
+    module = Attention(2, kv_heads=1, use_bias=False, **sizes)
     variables = weights(module.init, X, mask=Causal())
     y = jax.jit(lambda: module.apply(variables, X, mask=Causal()))()
     p = {name: np.float64(leaf["kernel"]) for name, leaf in variables["params"].items()}

@@ -1,0 +1,4 @@
+"""Zero-TPrune: tokens dropped by the attention graph of a trained ViT, untrained (2305.17328)."""
+
+from jaxformer.papers.zero_tprune.experiments import CLAIMS as CLAIMS
+from jaxformer.papers.zero_tprune.recipe import build as build
