@@ -38,6 +38,11 @@ class Axes(NamedTuple):
     def bias(self) -> str:
         return "".join(axis for axis in self.out if axis in self.kernel)
 
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """Which axes of the kernel are summed over; what is left is one per output channel."""
+        return tuple(i for i, axis in enumerate(self.kernel) if axis not in self.out)
+
 
 class Einsum(nn.Module):
     """`einsum(equation, x, kernel) + bias`: the equation names what is contracted.

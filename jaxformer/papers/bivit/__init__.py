@@ -1,0 +1,3 @@
+"""BiViT: binary vision transformers, softmax-aware, attention before MLP (2211.07091)."""
+
+from jaxformer.papers.bivit.recipe import build as build
