@@ -17,8 +17,8 @@ def get_config(preset: str) -> ConfigDict:
         "scale": "learned",  # of weights: learned | mean
         "mlp_inputs": "float",  # float (1/32) | binary (1/1)
         "kind": "vit",  # vit | swin
-        "width": 128,
-        "depth": 4,  # of vit
+        "width": 64,
+        "depth": 3,  # of vit
         "heads": 4,
         "depths": (2, 2, 6, 2),  # of swin, by stage
         "stage_heads": (3, 6, 12, 24),
@@ -36,11 +36,11 @@ def get_config(preset: str) -> ConfigDict:
     }
     config.init_from = ""  # a run of the same model in full precision; then float_steps is 0
     config.fresh = r"(?!)"  # its parameters that begin anew: r"^head/" for other classes
-    config.float_steps = 400
+    config.float_steps = 1500
     config.mlp_steps = 400  # of the second stage; `steps` are those of the first
     config.rate_scale = 1.0  # the learning rate of binary stages, of that before them
-    config.optim.update(learning_rate=1e-3, warmup_steps=20, clip=1.0)
-    config.update({"steps": 400, "batch_size": 64})
+    config.optim.update(learning_rate=2e-3, warmup_steps=20, clip=1.0)
+    config.update({"steps": 400, "batch_size": 32})
     if preset == "tiny":
         config.update({"float_steps": 40, "steps": 30, "mlp_steps": 30, "batch_size": 16})
         config.model.update({"width": 32, "depth": 2})

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxformer.analyze.operations import Product
 from jaxformer.compress.straight_through import sign_ste
 from jaxformer.nn.attention import Mix, Scores
 from jaxformer.nn.einsum import Axes, Einsum
@@ -100,3 +101,28 @@ class BinaryOperands:
                 p_BxHxLxS, v_BxSxHxK = args
                 return method(p_BxHxLxS, sign_ste(v_BxSxHxK), **kwargs)
         return method(*args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class BinaryCost:
+    """What one multiply-add of a product costs under `interceptors`, and how many bits a weight.
+
+    64 products of bits are one operation; a binary weight leaves half of a multiply-add, the
+    addition (OPs = BOPs / 64 + FLOPs, Liu et al. 2018, arXiv 1808.00278, section 4).
+    """
+
+    interceptors: tuple[Any, ...]
+
+    def operations(self, product: Product) -> float:
+        if not product.weights:
+            operands = (found for found in self.interceptors if isinstance(found, BinaryOperands))
+            fitting = any(re.search(found.pattern, product.path) for found in operands)
+            return 1 / 64 if fitting else 1.0
+        for found in self.interceptors:
+            if isinstance(found, BinaryEinsum) and re.search(found.pattern, product.path):
+                return 1 / 64 if found.binary_inputs else 1 / 2
+        return 1.0
+
+    def bits(self, product: Product) -> float:
+        maps = (found for found in self.interceptors if isinstance(found, BinaryEinsum))
+        return 1.0 if any(re.search(found.pattern, product.path) for found in maps) else 32.0
