@@ -350,7 +350,7 @@ def stage_two_alone():
         (lambda: jaxformer.load("bivit:tiny", model__scale="mean"), r"model\.scale='mean'"),
         (lambda: jaxformer.load("bivit:tiny", model__mlp_inputs="x"), r"model\.mlp_inputs='x'"),
         (lambda: jaxformer.load("bivit:tiny", model__schedule="x"), r"must be one of cross_layer"),
-        (lambda: jaxformer.load("bivit:tiny", data__image_size=16), r"data\.image_size=16"),
+        (lambda: jaxformer.load("bivit:tiny", data__size=12), r"data\.size=12"),
         (lambda: jaxformer.load("bivit:tiny", init_from="runs/x"), r"float_steps=40: .* give 0"),
         (stage_two_alone, r"encoder/stack/block_0/mixer/key/scale"),
     ],

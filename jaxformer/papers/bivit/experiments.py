@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from jaxformer.analyze.operations import megabytes, operations, products
 from jaxformer.compress.binary import BinaryCost
@@ -133,11 +134,9 @@ def cost(lab: Lab) -> Findings:
 
 def cost_of(config: Mapping[str, Any]) -> dict[str, float]:
     """Of the model of a config: 10^9 operations for an image, and 10^6 bytes."""
-    from ml_collections import ConfigDict
-
     config = ConfigDict(config)
     model = list(binary_stages(config, classifier(config)).values())[-1]
-    side = config.data.image_size
+    side = config.data.size
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     variables = jax.eval_shape(functools.partial(model.init, jax.random.key(0)), image)
     found, binary = products(model, variables, image), BinaryCost(model.interceptors)

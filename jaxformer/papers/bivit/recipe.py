@@ -8,19 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from jaxformer.compress.intercepted import Intercepted
-from jaxformer.data.base import Data, Deferred, Epoch, IndexedData
-from jaxformer.data.sources.image import digits
+from jaxformer.data.base import Data
 from jaxformer.data.sources.imagenet import imagenet
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.evaluators import MeanEvaluator
-from jaxformer.models.encoder import Classifier
 from jaxformer.models.swin import swin
-from jaxformer.models.transformer import Transformer, require
-from jaxformer.models.vit import vit
+from jaxformer.models.transformer import require
 from jaxformer.papers.bivit.model import (
     SCALES,
     binary_attention,
@@ -28,6 +24,7 @@ from jaxformer.papers.bivit.model import (
     rows_of,
 )
 from jaxformer.recipe import InitFrom, Phase, Recipe, Task, TrainState
+from jaxformer.setups import vision
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.distill import TEACHER, DistillTask, as_teacher
 from jaxformer.tasks.staged import StagedTask
@@ -43,6 +40,7 @@ def build(config: ConfigDict) -> Recipe:
 
     `init_from` names a run that has been trained in full precision.
     """
+    vision.adopt(config)
     model = classifier(config)
     stages = binary_stages(config, model)
     if config.init_from and config.float_steps:
@@ -50,7 +48,7 @@ def build(config: ConfigDict) -> Recipe:
             f"config.float_steps={config.float_steps}: the run init_from={config.init_from!r} has "
             "been trained; give 0"
         )
-    train, unseen = data(config)
+    train, unseen = images(config)
     before = ClassifyTask(model)
     tasks = {name: DistillTask(ClassifyTask(stage), before) for name, stage in stages.items()}
 
@@ -73,7 +71,7 @@ def build(config: ConfigDict) -> Recipe:
     return Recipe(whole, phases, [evaluator], init_from=source, unit="images")
 
 
-def binary_stages(config: ConfigDict, model: Classifier) -> dict[str, Intercepted]:
+def binary_stages(config: ConfigDict, model: Any) -> dict[str, Intercepted]:
     """What trains in each stage of the schedule: {"attention": ..., "mlp": ...}, or {"all": ...}.
 
     Raises:
@@ -114,38 +112,29 @@ def binarise(model: Intercepted, data: Data, fresh: str) -> Callable[[TrainState
     return enter
 
 
-def classifier(config: ConfigDict) -> Classifier:
+def classifier(config: ConfigDict) -> Any:
     """The plain model of a config: a ViT, which a DeiT is too, or a Swin."""
-    model, data = config.model, config.data
+    model = config.model
     require("model.kind", model.kind, ("vit", "swin"))
-    sizes = {"image_size": data.image_size, "patch": model.patch, "classes": data.classes}
-    if model.kind == "swin":
-        parts = {name: model[name] for name in ("width", "dropout", "drop_path", "dtype")}
-        return swin(
-            depths=model.depths, heads=model.stage_heads, window=model.window, **sizes, **parts
-        )
-    names = ("width", "depth", "heads", "dropout", "drop_path", "remat", "dtype")
-    return vit(Transformer(**{name: model[name] for name in names}), **sizes)
+    if model.kind == "vit":
+        return vision.classifier(config)
+    return swin(
+        image_size=config.data.size,
+        patch=model.patch,
+        width=model.width,
+        depths=model.depths,
+        heads=model.stage_heads,
+        window=model.window,
+        classes=config.data.classes,
+        dropout=model.dropout,
+        dtype=model.dtype,
+    )
 
 
-def data(config: ConfigDict) -> tuple[Any, Any]:
-    """Images to train and to test on: scikit-learn's digits, or ImageNet's layout."""
-    fields, rows = config.data, config.batch_size
+def images(config: ConfigDict) -> tuple[Data, Any]:
+    """Images to train and to test on: ImageNet's layout with crops and flips, or the digits."""
+    where = config.data
+    if not where.root:
+        return vision.images(config)
     limit = config.evaluate.batches or None
-    if fields.root:
-        return imagenet(fields.root, fields.image_size, rows, config.seed, limit)
-    if (fields.image_size, fields.classes) != (8, 10):
-        raise ConfigError(
-            f"data.image_size={fields.image_size}: the digits have 10 classes and sides of 8; or "
-            "name a folder in data.root"
-        )
-    row = {"image": ((8, 8, 1), np.float32), "label": ((), np.int32)}
-    weighed = {"weight": ((), np.float32), **row}
-
-    def make_train() -> IndexedData:
-        return IndexedData(digits("train"), rows, config.seed)
-
-    def make_test() -> Epoch:
-        return Epoch(digits("test"), rows, limit=limit)
-
-    return Deferred(make_train, rows, row), Deferred(make_test, rows, weighed)
+    return imagenet(where.root, where.size, config.batch_size, config.seed, limit)
