@@ -79,6 +79,11 @@ class Einsum(nn.Module):
             bias = self.param("bias", self.bias_init, bias_shape, jnp.float32)
         return self.contract(x, kernel, bias)
 
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """Which axes of the kernel are summed over."""
+        return Axes.of(self.equation).contracted
+
     def contract(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         """The map with its operands in view: what quantisers and relevance rules intercept."""
         dtype = self.dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32)
