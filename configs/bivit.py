@@ -23,10 +23,10 @@ def get_config(preset: str) -> ConfigDict:
     config.model.scale = "learned"  # of weights: learned | mean
     config.model.mlp_inputs = "float"  # float (1/32) | binary (1/1)
     config.data.root = ""  # of ImageNet's layout, in place of `train` and `test`
-    config.float_steps = 1200
+    config.float_steps = 2000
     config.mlp_steps = 400  # of the second stage; `steps` are those of the first
-    config.rate_scale = 1.0  # the learning rate of binary stages, of that before them
-    config.optim.update(learning_rate=2e-3, warmup_steps=20)
+    config.rate_scale = 0.5  # the learning rate of binary stages, of that before them
+    config.optim.update(learning_rate=2e-3, warmup_steps=20, weight_decay=0.1)  # decay: float alone
     config.update({"steps": 400, "batch_size": 32})
     if preset == "tiny":
         config.update({"float_steps": 40, "steps": 30, "mlp_steps": 30, "batch_size": 16})
@@ -56,5 +56,7 @@ def paper(config: ConfigDict, preset: str) -> None:
     config.update({"float_steps": 0, "steps": 150 * epoch, "mlp_steps": 150 * epoch})
     config.batch_size = 512
     config.optim.update(learning_rate=5e-4, warmup_steps=5 * epoch, clip=0.0)
+    config.optim.weight_decay = 0.0
+    config.rate_scale = 1.0
     config.evaluate.every = epoch
     config.fit.update(log_every=100, checkpoint_every=epoch)

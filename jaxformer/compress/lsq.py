@@ -17,13 +17,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer import paths
+from jaxformer.analyze.operations import MAPS
 from jaxformer.compress.straight_through import round_ste, scale_gradient, straight_through
 from jaxformer.errors import ConfigError
-from jaxformer.nn.conv import Conv
-from jaxformer.nn.depthwise import DepthwiseConv
-from jaxformer.nn.einsum import Einsum
 
-MAPS = (Einsum, Conv, DepthwiseConv)
 LEAST = 1e-6  # a step is never smaller
 
 

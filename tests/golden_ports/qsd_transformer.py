@@ -115,6 +115,35 @@ def ms_block(case):
     return compared(case, model, lambda w: authors.spike_block(w, ""), parts)
 
 
+@jax.custom_vjp
+def misread(x):
+    """x; backwards, of one image a gradient whose memory is read in the wrong order.
+
+    PyTorch 2.13's batch norm in eval mode does so where the gradient of one image lies channels
+    last, as `l2vit` meets too. In front of heads that are taken apart the gradients of queries and
+    values lie so, that of keys does not. Central differences of its own forward pass in float64, of
+    a norm and such a product, differ from its backward pass by 19 in 23 with one image and by 7e-9
+    with two; `ms_block` is of two, and is compared as it is.
+    """
+    return x
+
+
+def _misread_back(_, gradient):
+    batch, height, width, channels = gradient.shape
+    if batch > 1:
+        return (gradient,)
+    return (gradient.reshape(1, channels, height, width).transpose(0, 2, 3, 1),)
+
+
+misread.defvjp(lambda x: (x, None), _misread_back)
+
+
+def at_heads(call, args, kwargs, context):
+    y = call(*args, **kwargs)
+    named = context.module.name in ("query_norm", "value_norm")
+    return misread(y) if named and context.method_name == "__call__" else y
+
+
 def network(case):
     c, weights = case.config, case.weights
     kinds = ("conv", "conv", "conv", "attention", "attention")
@@ -132,7 +161,8 @@ def network(case):
     model = quantized(SpikeNetwork(stages, c["num_heads"], classes, NEURON), c.get("nbits_w", 4))
     deepest = f"stage_4_block_{depths[4] - 1}"
     parts = {"out/features": deepest}
-    return compared(case, model, lambda w: authors.network(w, depths), parts)
+    with nn.intercept_methods(at_heads):
+        return compared(case, model, lambda w: authors.network(w, depths), parts)
 
 
 PORTS = {

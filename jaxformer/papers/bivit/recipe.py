@@ -52,10 +52,14 @@ def build(config: ConfigDict) -> Recipe:
     before = ClassifyTask(model)
     tasks = {name: DistillTask(ClassifyTask(stage), before) for name, stage in stages.items()}
 
-    def update(task: Task, steps: int, rate_scale: float = 1.0) -> GradientUpdate:
-        """With a schedule of its own: rates start again in every stage."""
+    def update(task: Task, steps: int) -> GradientUpdate:
+        """With a schedule of its own: rates start again in every stage.
+
+        Binary stages have no weight decay.
+        """
         optim = config.optim.copy_and_resolve_references()
-        optim.learning_rate *= rate_scale
+        if task is not before:
+            optim.update(learning_rate=config.rate_scale * optim.learning_rate, weight_decay=0.0)
         optimizer = build_optimizer(optim, steps)
         return dataclasses.replace(GradientUpdate.of(task, config), optimizer=optimizer)
 
@@ -64,7 +68,7 @@ def build(config: ConfigDict) -> Recipe:
         steps = config.steps if name == "attention" else config.mlp_steps
         steps = config.steps + config.mlp_steps if name == "all" else steps
         enter = binarise(task.student.model, train, FRESH[name])
-        phases.append(Phase(name, steps, train, update(task, steps, config.rate_scale), enter))
+        phases.append(Phase(name, steps, train, update(task, steps), enter))
     whole = StagedTask((before, *tasks.values()))
     evaluator = MeanEvaluator(whole, unseen, "test", config.evaluate.every or "phase_end")
     source = InitFrom(config.init_from, fresh=config.fresh) if config.init_from else None
