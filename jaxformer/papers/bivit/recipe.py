@@ -42,7 +42,8 @@ def build(config: ConfigDict) -> Recipe:
     """
     vision.adopt(config)
     model = classifier(config)
-    stages = binary_stages(config, model)
+    undropped = classifier(without_dropout(config))
+    stages = binary_stages(config, undropped)
     if config.init_from and config.float_steps:
         raise ConfigError(
             f"config.float_steps={config.float_steps}: the run init_from={config.init_from!r} has "
@@ -55,7 +56,7 @@ def build(config: ConfigDict) -> Recipe:
     def update(task: Task, steps: int) -> GradientUpdate:
         """With a schedule of its own: rates start again in every stage.
 
-        Binary stages have no weight decay.
+        Binary stages have no weight decay, and no dropout.
         """
         optim = config.optim.copy_and_resolve_references()
         if task is not before:
@@ -114,6 +115,13 @@ def binarise(model: Intercepted, data: Data, fresh: str) -> Callable[[TrainState
         return state.replace(params=params, extra={**extra, **teacher})
 
     return enter
+
+
+def without_dropout(config: ConfigDict) -> ConfigDict:
+    """The config of the same model without dropout."""
+    config = config.copy_and_resolve_references()
+    config.model.dropout = 0.0
+    return config
 
 
 def classifier(config: ConfigDict) -> Any:

@@ -102,7 +102,7 @@ def energies(recipe: Recipe, state: TrainState) -> tuple[float, float]:
 
 def firing(model: Any, variables: Any, image: jax.Array) -> dict[str, float]:
     """{path: spikes of an input, over all its steps} of the maps whose inputs are spikes."""
-    levels = dict(model.model.neuron.arguments)["levels"]
+    levels = model.model.neuron().levels
 
     @jax.jit
     def rates(variables: Any, image: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:

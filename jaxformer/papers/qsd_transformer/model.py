@@ -125,8 +125,8 @@ class SpikeAttention(nn.Module):
             return y.reshape(batch, rows * columns, self.heads, size)
 
         q_BxNxHxK, k_BxNxHxK, v_BxNxHxK = (project(name) for name in ("query", "key", "value"))
-        self.sow("intermediates", "query", q_BxNxHxK)
-        self.sow("intermediates", "key", k_BxNxHxK)
+        self.sow("intermediates", "query_spikes", q_BxNxHxK)
+        self.sow("intermediates", "key_spikes", k_BxNxHxK)
         o = linear_attention(q_BxNxHxK, k_BxNxHxK, v_BxNxHxK).astype(x.dtype)
         o = o.reshape(batch, rows, columns, width)
         o = self.neuron.replace(gain=ATTENTION_GAIN)(name="out_neuron")(o)
