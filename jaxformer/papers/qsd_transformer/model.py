@@ -33,6 +33,7 @@ ATTENTION_GAIN = 2.0  # of the neuron after attention: a threshold of 1/2
 SCALE = 0.25
 LAYER_SCALE = 1e-6
 POINTWISE = "...C,CD->...D"
+MAP_AXES = ("batch", None, None, "embed")
 
 # ----------------------------------------------------------------------------------- convolutions
 
@@ -224,13 +225,13 @@ class SpikeNetwork(nn.Module):
             down = Downsampling(
                 stage.width, stage.size, stage.stride, neuron, name=f"downsampling_{i}"
             )
-            x = down(x, train=train)
+            x = constrain(down(x, train=train), MAP_AXES)
             for j in range(stage.depth):
                 x = self._block(stage, name=f"stage_{i}_block_{j}")(x, train=train)
-                x = constrain(x, ("batch", None, None, "embed"))
+                x = constrain(x, MAP_AXES)
         x = self.neuron(name="neuron")(x.mean((1, 2)))
         logits = Einsum("...C,CD->...D", (self.classes,), out_dtype=jnp.float32, name="head")(x)
-        return logits.reshape(self.steps, -1, self.classes).mean(0)
+        return constrain(logits.reshape(self.steps, -1, self.classes).mean(0), ("batch", "vocab"))
 
     def _in_time(self, image: jax.Array) -> jax.Array:
         if image.ndim == 5:
