@@ -33,6 +33,7 @@ def get_config(preset: str) -> ConfigDict:
         "classes": 10,
     }
     config.teacher_steps = 400
+    config.step_rate = 0.1  # the learning rate of steps of weights, of that of all else
     config.optim.update(learning_rate=4e-3, warmup_steps=20, weight_decay=0.05)
     config.update({"steps": 400, "batch_size": 32})
     if preset == "tiny":
@@ -62,6 +63,7 @@ def paper(config: ConfigDict, preset: str) -> None:
     config.update({"steps": 300 * epoch, "teacher_steps": 300 * epoch, "batch_size": 1568})
     config.optim.update(name="lamb", learning_rate=6e-4 * 1568 / 256, warmup_steps=15 * epoch)
     config.optim.update(final=2.7e-4, clip=1.0)
+    config.step_rate = 1.0  # LAMB's are of the size of what they change
     config.gradient.ema = 0.99996
     config.evaluate.every = epoch
     config.fit.update(log_every=100, checkpoint_every=epoch)

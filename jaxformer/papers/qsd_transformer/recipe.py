@@ -31,8 +31,13 @@ from jaxformer.recipe import EvalContext, Phase, Recipe, Task, TrainState
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.distill import DistillTask, as_teacher
 from jaxformer.tasks.staged import StagedTask
+from jaxformer.train.optim import Group
 from jaxformer.train.optim import build as build_optimizer
 from jaxformer.train.updates import GradientUpdate
+
+# Steps of weights, which lie beside kernels, and all but these: gains of norms are "scale" too.
+STEPS = r"(?<!norm)(?<!norm_\d)/scale$"
+NO_STEPS = r"(?<!/scale)$|norm(_\d)?/scale$"
 
 
 def build(config: ConfigDict) -> Recipe:
@@ -44,8 +49,10 @@ def build(config: ConfigDict) -> Recipe:
     task = DistillTask(student, teacher, (("mismatch", config.model.fgd, mismatch),), label=1.0)
     train, unseen = images(config)
 
+    groups = (Group(STEPS, config.step_rate), Group(NO_STEPS))
+
     def update(task: Task, steps: int) -> GradientUpdate:
-        optimizer = build_optimizer(config.optim, steps)
+        optimizer = build_optimizer(config.optim, steps, groups)
         return dataclasses.replace(GradientUpdate.of(task, config), optimizer=optimizer)
 
     first = config.teacher_steps
