@@ -15,7 +15,7 @@ def get_config(preset: str) -> ConfigDict:
         "levels": 4,  # D: spikes at once; 1 is a binary neuron
         "steps": 1,  # T, of time
         "leak": 0.0,  # of a membrane that remembers; 0: none
-        "fgd": 1.0,  # weight of fine-grained distillation; 0: none
+        "fgd": 0.2,  # weight of fine-grained distillation; 0: none
         "label_smoothing": 0.1,
         "layer_scale": 1e-6,
         "heads": 4,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ml_collections import ConfigDict
-
 from jaxformer.interop.authors import Tree, Weights, norm
 
 Both = tuple[Tree, Tree]  # parameters, "batch_stats"
@@ -146,13 +144,3 @@ def network(weights: Weights, depths: tuple[int, ...]) -> Both:
         block = conv_block if i < len(CONV_BLOCKS) else spike_block
         parts |= {f"stage_{i}_block_{j}": (block, name) for j, name in enumerate(names)}
     return joined(weights, parts)
-
-
-def read(config: ConfigDict, weights: Weights) -> Tree:
-    """The parameters of the authors' classifier as the model of a config."""
-    return network(weights, tuple(config.model.depths))[0]
-
-
-def read_extra(config: ConfigDict, weights: Weights) -> Tree:
-    """Its running statistics."""
-    return {"batch_stats": network(weights, tuple(config.model.depths))[1]}
