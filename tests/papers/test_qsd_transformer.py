@@ -397,7 +397,7 @@ def load(**fields):
 @pytest.mark.parametrize(
     ("act", "said"),
     [
-        (lambda: load(model__heads=3), r"model\.heads=3: must divide the width 16"),
+        (lambda: load(model__heads=3), r"model\.heads=3: must divide the width 32"),
         (lambda: load(model__bits=1), r"model\.bits=1: must be at least 2"),
         (lambda: load(model__widths=(8,)), r"model\.widths=\(8,\): one for each stage"),
         (lambda: load(model__kinds=("conv", "x")), r"model\.kinds: 'x' must be one of"),
