@@ -32,10 +32,10 @@ def get_config(preset: str) -> ConfigDict:
         "size": 16,
         "classes": 10,
     }
-    config.teacher_steps = 400
+    config.teacher_steps = 150
     config.step_rate = 0.1  # the learning rate of steps of weights, of that of all else
     config.optim.update(learning_rate=4e-3, warmup_steps=20, weight_decay=0.05)
-    config.update({"steps": 400, "batch_size": 32})
+    config.update({"steps": 150, "batch_size": 32})
     if preset == "tiny":
         config.update({"steps": 30, "teacher_steps": 30, "batch_size": 32})
         config.model.depths = (1, 1)
