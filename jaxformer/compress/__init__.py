@@ -3,4 +3,5 @@
 Procedures are interceptions of the modules that every model is made of, and phases over its state:
 there are no second models. `intercepted` says how a model is changed, `quantizers` and
 `straight_through` what values become, `operands` where; searches and surgery build on these.
+`binary` and `lsq` are weights that train while they have few bits.
 """

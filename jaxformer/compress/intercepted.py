@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 from flax import linen as nn
+
+from jaxformer import paths
+from jaxformer.errors import ConfigError
+from jaxformer.tasks.linen import CALL_ONLY
 
 Interceptor = Callable[[Callable[..., Any], Any, Any, nn.module.InterceptorContext], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Intercepted:
-    """`model` with `interceptors` around every method of its modules, the last outermost.
+    """`model` with `interceptors` around every method of its modules, the first outermost.
 
     An interceptor is a frozen dataclass with `__call__(method, args, kwargs, context)`, so that two
     equal models are equal. It may read and declare variables of `context.module`: parameters where
@@ -31,6 +37,38 @@ class Intercepted:
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         with self.active():
             return self.model.apply(*args, **kwargs)
+
+    def complete(
+        self, key: jax.Array, params: Any, extra: Any, *args: Any, fresh: str = "", **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """`params` and `extra` with what the interceptors declare beside them, for `Phase.enter`.
+
+        New variables are initialised where these stand, so that a scale or a step which starts from
+        a weight starts from the trained one. `args` is what the model is called with; its values
+        do not matter to that. The names of new parameters must have a match of the regex `fresh`.
+
+        Raises:
+            ConfigError: others are missing; names them.
+        """
+        collections = {name: tree for name, tree in extra.items() if isinstance(tree, Mapping)}
+        with self.active():
+            _, found = self.model.apply(
+                {"params": params, **collections},
+                *args,
+                rngs={"params": key},
+                mutable=True,
+                **kwargs,
+            )
+        kept = paths.leaves(params).keys()
+        missing = [name for name in paths.leaves(found["params"]) if name not in kept]
+        unasked = [name for name in missing if not re.search(fresh, name)]
+        if unasked:
+            raise ConfigError(
+                f"parameters: {', '.join(unasked[:3])} and {len(unasked)} in all are missing; "
+                "give the state of a phase in which they were trained"
+            )
+        new = {name: tree for name, tree in found.items() if name not in CALL_ONLY}
+        return found["params"], {**extra, **new}
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:

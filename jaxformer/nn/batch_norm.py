@@ -47,6 +47,27 @@ class BatchNorm(Norm):
         return y.astype(x.dtype)
 
 
+class PaddedBatchNorm(nn.Module):
+    """`BatchNorm` of maps (B, H, W, C), then a border of one position: what it makes of zeros.
+
+    So a map without bias in front of it sees zeros outside, and the two can be folded into one
+    convolution (RepVGG-like; Ding et al. 2021, arXiv 2101.03697). The border goes by the running
+    statistics, those that this call has updated if it trains, and is a constant to gradients.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        norm = BatchNorm(name="norm")
+        y = norm(x, train=train)
+        of = norm.variables
+        gain = of["params"]["scale"] * jax.lax.rsqrt(of["batch_stats"]["var"] + norm.epsilon)
+        border = of["params"]["bias"] - of["batch_stats"]["mean"] * gain
+        border = jax.lax.stop_gradient(border).astype(y.dtype)
+        around = ((0, 0), (1, 1), (1, 1), (0, 0))
+        inside = jnp.pad(jnp.ones(y.shape[:-1], bool), around[:-1])
+        return jnp.where(inside[..., None], jnp.pad(y, around), border)
+
+
 class NormedConv(nn.Module):
     """A 3x3 convolution of stride 2 with bias, then `BatchNorm`: (B, H, W, C) to half the sides.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.errors import ConfigError
-from jaxformer.nn.einsum import Einsum, Initializer
+from jaxformer.nn.einsum import Einsum, Initializer, fan_in_normal
 
 
 def neighbours(
@@ -57,3 +57,48 @@ class GridConv(nn.Module):
         width = self.features or x_BxHxWxC.shape[-1]
         weigh = Einsum("...NC,NCD->...D", (width,), kernel_init=self.kernel_init, name="weigh")
         return weigh(neighbours(x_BxHxWxC, self.size, dilation, self.most))
+
+
+class Conv(nn.Module):
+    """A convolution with zeros outside: (B, H, W, C) to (B, H / stride, W / stride, features).
+
+    Sides are rounded up. The kernel is (size, size, C, features).
+
+    Raises:
+        ConfigError: an even kernel, which has no centre.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+        if self.size % 2 == 0:
+            raise ConfigError(f"Conv.size={self.size}: must be odd")
+        shape = (self.size, self.size, x_BxHxWxC.shape[-1], self.features)
+        kernel = self.param("kernel", fan_in_normal("PQC,PQCD->D"), shape, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", jax.nn.initializers.zeros, (self.features,), jnp.float32)
+        return self.contract(x_BxHxWxC, kernel, bias)
+
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """Which axes of the kernel are summed over."""
+        return (0, 1, 2)
+
+    def contract(
+        self, x_BxHxWxC: jax.Array, kernel: jax.Array, bias: jax.Array | None
+    ) -> jax.Array:
+        """The map with its operands in view, as that of an `Einsum`."""
+        dtype, around = x_BxHxWxC.dtype, (self.size // 2, self.size // 2)
+        y = jax.lax.conv_general_dilated(
+            x_BxHxWxC,
+            kernel.astype(dtype),
+            (self.stride, self.stride),
+            [around, around],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y if bias is None else y + bias.astype(dtype)

@@ -27,15 +27,28 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         if self.size % 2 == 0:
             raise ConfigError(f"DepthwiseConv.size={self.size}: must be odd")
-        channels, dtype = x_BxHxWxC.shape[-1], x_BxHxWxC.dtype
+        channels = x_BxHxWxC.shape[-1]
         init = jax.nn.initializers.truncated_normal(1 / self.size)  # variance 1 / fan-in
         shape = (self.size, self.size, channels)
-        kernel = self.param("kernel", init, shape, jnp.float32).astype(dtype)
-        y = (_looped if target().platform == "cpu" else _convolved)(x_BxHxWxC, kernel)
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        bias = None
         if self.use_bias:
             bias = self.param("bias", jax.nn.initializers.zeros, (channels,), jnp.float32)
-            y = y + bias.astype(dtype)
-        return y
+        return self.contract(x_BxHxWxC, kernel, bias)
+
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """Which axes of the kernel are summed over."""
+        return (0, 1)
+
+    def contract(
+        self, x_BxHxWxC: jax.Array, kernel: jax.Array, bias: jax.Array | None
+    ) -> jax.Array:
+        """The map with its operands in view, as that of an `Einsum`."""
+        dtype = x_BxHxWxC.dtype
+        kernel = kernel.astype(dtype)
+        y = (_looped if target().platform == "cpu" else _convolved)(x_BxHxWxC, kernel)
+        return y if bias is None else y + bias.astype(dtype)
 
 
 def _convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:

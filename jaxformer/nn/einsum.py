@@ -38,6 +38,11 @@ class Axes(NamedTuple):
     def bias(self) -> str:
         return "".join(axis for axis in self.out if axis in self.kernel)
 
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """Which axes of the kernel are summed over; what is left is one per output channel."""
+        return tuple(i for i, axis in enumerate(self.kernel) if axis not in self.out)
+
 
 class Einsum(nn.Module):
     """`einsum(equation, x, kernel) + bias`: the equation names what is contracted.
@@ -73,6 +78,11 @@ class Einsum(nn.Module):
             bias_shape = tuple(sizes[axis] for axis in axes.bias)
             bias = self.param("bias", self.bias_init, bias_shape, jnp.float32)
         return self.contract(x, kernel, bias)
+
+    @property
+    def contracted(self) -> tuple[int, ...]:
+        """Which axes of the kernel are summed over."""
+        return Axes.of(self.equation).contracted
 
     def contract(self, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         """The map with its operands in view: what quantisers and relevance rules intercept."""

@@ -12,6 +12,7 @@ from flax import linen as nn
 from jaxformer.errors import ConfigError
 from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Params
 from jaxformer.tasks import linen
+from jaxformer.tasks.linen import Answer
 from jaxformer.tasks.losses import cross_entropy, is_correct
 
 
@@ -41,21 +42,34 @@ class ClassifyTask:
     def loss(
         self, params: Params, extra: Extra, batch: Batch, *, key: jax.Array, train: bool
     ) -> LossOutput:
+        found = self.answer(params, extra, batch, key=key, train=train)
+        objective, metrics = self.score(found, batch)
+        return LossOutput(objective.value(), objective.weight, metrics, found.extra)
+
+    def answer(
+        self, params: Params, extra: Extra, batch: Batch, *, key: jax.Array, train: bool
+    ) -> Answer:
+        """The logits of a batch."""
         inputs, masks = _inputs(batch)
-        logits_BxC, extra = linen.apply(
-            self.model, params, extra, inputs, key=key, train=train, **masks
-        )
-        label, weight = jnp.asarray(batch["label"]), jnp.asarray(batch.get("weight", 1.0))
-        weight = weight.reshape(weight.shape + (1,) * (label.ndim - weight.ndim))
+        return linen.answer(self.model, params, extra, inputs, key=key, train=train, **masks)
+
+    def score(self, answer: Answer, batch: Batch) -> tuple[Mean, dict[str, Mean]]:
+        """The objective of an answer, and metrics, which have it too."""
+        logits_BxC, label = answer.output, jnp.asarray(batch["label"])
+        weight = weights_of(batch, label.ndim)
         objective = Mean.of(cross_entropy(logits_BxC, label, self.label_smoothing), weight)
         accuracy = Mean.of(is_correct(logits_BxC, label), weight)
-        metrics = {"loss": objective, "accuracy": accuracy}
-        return LossOutput(objective.value(), objective.weight, metrics, extra)
+        return objective, {"loss": objective, "accuracy": accuracy}
 
     def predict(self, params: Params, extra: Extra, batch: Batch, *, key: jax.Array) -> jax.Array:
         """Logits (B, C) or (B, L, C)."""
-        inputs, masks = _inputs(batch)
-        return linen.apply(self.model, params, extra, inputs, key=key, train=False, **masks)[0]
+        return self.answer(params, extra, batch, key=key, train=False).output
+
+
+def weights_of(batch: Batch, ndim: int) -> jax.Array:
+    """The weights of a batch, 1 if it has none, with axes up to `ndim`."""
+    weight = jnp.asarray(batch.get("weight", 1.0))
+    return weight.reshape(weight.shape + (1,) * (ndim - weight.ndim))
 
 
 def _inputs(batch: Batch) -> tuple[jax.Array, dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,16 +36,37 @@ def apply(
     **kwargs: Any,
 ) -> tuple[Any, Extra]:
     """The output, and `extra` with what the module changed of it, which it may while training."""
+    found = answer(model, params, extra, *args, key=key, train=train, **kwargs)
+    return found.output, found.extra
+
+
+class Answer(NamedTuple):
+    """What a module said: its output, what its parts sowed on the way, the new `extra`."""
+
+    output: Any
+    sown: Mapping[str, Any]  # {"block_0": {"mixer": {"name": (value,)}}}
+    extra: Extra
+
+
+def answer(
+    model: nn.Module,
+    params: Params,
+    extra: Extra,
+    *args: Any,
+    key: jax.Array,
+    train: bool,
+    **kwargs: Any,
+) -> Answer:
+    """As `apply`, with what modules sowed as "intermediates"."""
     collections = _collections(extra)
     variables = {"params": params, **collections}
-    if not train:
-        return model.apply(variables, *args, train=False, **kwargs), extra
-    rngs = {"dropout": key}
-    mutable = list(collections)
+    rngs = {"dropout": key} if train else {}
+    mutable = ["intermediates", *(collections if train else ())]
     output, changed = model.apply(
-        variables, *args, train=True, rngs=rngs, mutable=mutable, **kwargs
+        variables, *args, train=train, rngs=rngs, mutable=mutable, **kwargs
     )
-    return output, {**extra, **changed}
+    sown = changed.pop("intermediates", {})
+    return Answer(output, sown, {**extra, **changed} if train else extra)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

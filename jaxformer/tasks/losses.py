@@ -22,6 +22,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     return jax.nn.logsumexp(logits, axis=-1) - target
 
 
+def soft_cross_entropy(logits: jax.Array, target_logits: jax.Array) -> jax.Array:
+    """-sum_c softmax(target)_c log softmax(logits)_c, (...) from logits (..., C)."""
+    target = jax.nn.softmax(target_logits.astype(jnp.float32))
+    return -(target * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(-1)
+
+
 def is_correct(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """1.0 where the label has the largest logit, (...) float32."""
     return (logits.argmax(-1) == labels).astype(jnp.float32)

@@ -92,6 +92,26 @@ def adamw(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Factory:
     )
 
 
+def lamb(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) -> Factory:
+    """Adam whose step is of the size of each leaf (You et al. 2020, arXiv 1904.00962), at most."""
+
+    def trust(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        def one(u: jax.Array, p: jax.Array) -> jax.Array:
+            size, step = jnp.linalg.norm(p), jnp.linalg.norm(u)
+            given = (size > 0) & (step > 0)
+            return u * jnp.where(given, jnp.minimum(size / jnp.where(given, step, 1), 1), 1)
+
+        return jax.tree.map(one, updates, params), state
+
+    def make(rate: Any, weight_decay: float) -> optax.GradientTransformation:
+        adam = optax.scale_by_adam(b1, b2, eps)
+        decay = optax.add_decayed_weights(weight_decay, decays)
+        ratio = optax.GradientTransformation(lambda params: optax.EmptyState(), trust)
+        return optax.chain(adam, decay, ratio, optax.scale_by_learning_rate(rate))
+
+    return make
+
+
 def sgd(momentum: float = 0.0) -> Factory:
     def make(rate: Any, weight_decay: float) -> optax.GradientTransformation:
         step = optax.sgd(rate, momentum or None)
@@ -220,6 +240,7 @@ def _labels(groups: Sequence[Group], params: Params) -> Any:
 
 FACTORIES: dict[str, Callable[..., Factory]] = {
     "adamw": adamw,
+    "lamb": lamb,
     "sgd": sgd,
     "lion": lion,
     "muon": muon,

@@ -3,8 +3,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxformer.compress.intercepted import Intercepted
+from jaxformer.errors import ConfigError
 from jaxformer.nn.einsum import Einsum
 
 
@@ -38,3 +40,36 @@ def test_interceptors_declare_parameters_and_collections():
     assert state["counts"]["calls"] == variables["counts"]["calls"] + 1
     gradient = jax.grad(lambda v: changed.apply(v, x).sum())(variables)["params"]["gain"]
     assert gradient != 0
+
+
+def test_the_first_interceptor_is_outermost():
+    """What it hands on, the next ones change."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Log:
+        name: str
+        log: list = dataclasses.field(default_factory=list, compare=False)
+
+        def __call__(self, method, args, kwargs, context):
+            if context.method_name == "contract":
+                self.log.append(self.name)
+            return method(*args, **kwargs)
+
+    log = []
+    model = Intercepted(Einsum("...D,DF->...F", (3,)), (Log("first", log), Log("second", log)))
+    model.init(jax.random.key(0), jnp.ones((1, 2)))
+    assert log == ["first", "second"]
+
+
+def test_new_parameters_start_beside_trained_ones():
+    plain = Einsum("...D,DF->...F", (3,))
+    x = jnp.ones((2, 4))
+    params = plain.init(jax.random.key(0), x)["params"]
+    changed = Intercepted(plain, (Scaled(2.0),))
+    extra = {"teacher": {"params": jnp.ones(2)}, "step": 3}
+    found, kept = jax.jit(lambda p: changed.complete(jax.random.key(1), p, extra, x))(params)
+    assert found["gain"] == 2 and kept["counts"]["calls"] == 1
+    np.testing.assert_array_equal(found["kernel"], params["kernel"])
+    np.testing.assert_array_equal(kept["teacher"]["params"], np.ones(2))
+    with pytest.raises(ConfigError, match=r"parameters: gain and 1 in all are missing"):
+        changed.complete(jax.random.key(1), params, {}, x, fresh="other$")

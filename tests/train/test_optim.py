@@ -47,6 +47,21 @@ def test_muon_steps_are_orthogonal():
     assert np.all(np.abs(singular / (0.2 * np.sqrt(8)) - 1) < 0.4)
 
 
+def test_lamb_steps_are_at_most_as_large_as_a_leaf():
+    params = {"a": {"kernel": jnp.array([[3.0, 4.0]])}, "b": {"kernel": jnp.array([[30.0, 40.0]])}}
+    params["zero"] = {"kernel": jnp.zeros((1, 2))}
+    grads = jax.tree.map(jnp.ones_like, params)
+    transform = optim.lamb()(0.1, 0.0)
+    updates, _ = transform.update(grads, transform.init(params), params)
+    # Adam's first step is 1 for each weight, of norm sqrt(2): less than 5, and than 50.
+    for name in params:
+        np.testing.assert_allclose(updates[name]["kernel"], -0.1 * np.ones((1, 2)), rtol=1e-4)
+    small = jax.tree.map(lambda x: x / 50, params)
+    updates, _ = transform.update(grads, transform.init(small), small)
+    np.testing.assert_allclose(jnp.linalg.norm(updates["a"]["kernel"]), 0.1 * 0.1, rtol=1e-4)
+    np.testing.assert_allclose(jnp.linalg.norm(updates["b"]["kernel"]), 0.1 * 1.0, rtol=1e-4)
+
+
 def test_groups_must_cover_every_parameter_once():
     rate = optim.schedule(0.1, 10, kind="constant")
 
