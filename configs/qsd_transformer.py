@@ -37,7 +37,7 @@ def get_config(preset: str) -> ConfigDict:
     config.optim.update(learning_rate=4e-3, warmup_steps=20, weight_decay=0.05)
     config.update({"steps": 150, "batch_size": 32})
     if preset == "tiny":
-        config.update({"steps": 30, "teacher_steps": 30, "batch_size": 32})
+        config.update({"steps": 80, "teacher_steps": 20, "batch_size": 16})
         config.model.depths = (1, 1)
         # A block with the paper's would not be seen in so few steps, and its lesson not learnt.
         config.model.update({"layer_scale": 0.1, "fgd": 0.01, "label_smoothing": 0.0})
