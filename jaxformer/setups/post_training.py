@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -97,17 +98,20 @@ class Bench:
     def recipe(self, method: Method, weights: int, activations: int) -> Recipe:
         return recipe(self.config, method.rules(weights, activations), method.procedure)
 
-    def calibrated(self, method: Method, weights: int, activations: int) -> tuple[Recipe, Any]:
-        """The recipe and the state that its calibration leaves."""
+    def calibrated(
+        self, method: Method, weights: int, activations: int, draw: int = 0
+    ) -> tuple[Recipe, Any]:
+        """The recipe and the state that its calibration leaves, on that draw of the images."""
         made = self.recipe(method, weights, activations)
         phase = made.phases[-1]
         assert phase.update is not None and phase.data is not None
-        state, _ = phase.update(enter(phase, self.state), phase.data.batch(0))
+        state, _ = phase.update(enter(phase, self.state), phase.data.batch(draw))
         return made, state
 
-    def accuracy(self, method: Method, weights: int, activations: int) -> float:
-        """Of all test images, in percent."""
-        return self.accuracy_of(*self.calibrated(method, weights, activations))
+    def accuracy(self, method: Method, weights: int, activations: int, draws: int = 1) -> float:
+        """Of all test images, in percent; the mean over `draws` of the images to calibrate on."""
+        each = (self.calibrated(method, weights, activations, draw) for draw in range(draws))
+        return statistics.mean(self.accuracy_of(*found) for found in each)
 
     def accuracy_of(self, made: Recipe, state: TrainState) -> float:
         """Of a state, in percent."""

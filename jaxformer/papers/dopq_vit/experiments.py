@@ -18,6 +18,7 @@ from jaxformer.recipe import Claim, Findings
 from jaxformer.setups.post_training import Bench, Method
 
 BITS = (3, 4)
+DRAWS = 3  # of the images to calibrate on
 
 
 def probabilities(lab: Lab) -> Findings:
@@ -70,7 +71,8 @@ def digits(lab: Lab) -> Findings:
         *(_with("auto", statistic) for statistic in ("mean", "median", "mad", "search")),
     )
     rows = [
-        {"bits": bits, **{m.name: bench.accuracy(m, bits, bits) for m in methods}} for bits in BITS
+        {"bits": bits, **{m.name: bench.accuracy(m, bits, bits, DRAWS) for m in methods}}
+        for bits in BITS
     ]
     values = {"float": bench.float_accuracy}
     for row in rows:
