@@ -19,7 +19,9 @@ def test_rounding_is_half_to_even_and_exact_under_further_steps():
     # (round - x) + x would leave a remainder here, and the sign would make 1 of it.
     small = jnp.float32(1e-8)
     assert sign_ste(round_ste(small)) == 0
-    np.testing.assert_array_equal(jax.hessian(lambda x: (round_ste(x) ** 2).sum())(x), 2 * jnp.eye(4))
+    np.testing.assert_array_equal(
+        jax.hessian(lambda x: (round_ste(x) ** 2).sum())(x), 2 * jnp.eye(4)
+    )
 
 
 def test_a_scaled_gradient_leaves_the_value():
