@@ -11,10 +11,10 @@ def get_config(preset: str) -> ConfigDict:
     """Procedural entailment; `paper` is BERT-base on a task of GLUE."""
     config = base("bct")
     config.model = {
-        "width": 128,
-        "depth": 4,
+        "width": 64,
+        "depth": 2,
         "heads": 4,
-        "hidden": 512,
+        "hidden": 256,
         "order": "pre",  # pre | post
         "dropout": 0.0,
         "scan": False,
@@ -45,9 +45,9 @@ def get_config(preset: str) -> ConfigDict:
     config.outliers = {"at": "norms", "channels": 4, "factor": 30.0}
     config.huggingface = ConfigDict()  # of an imported BERT its config.json
     config.init_from = ""  # the run of a trained encoder, such as `jaxformer import` makes
-    config.optim.update(learning_rate=1e-3, warmup_steps=100, schedule="cosine", clip=1.0)
+    config.optim.update(learning_rate=3e-3, warmup_steps=100, schedule="cosine", clip=1.0)
     config.optim.weight_decay = 0.01
-    config.update({"steps": 1000, "batch_size": 32})
+    config.update({"steps": 1500, "batch_size": 64})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"width": 32, "depth": 2, "heads": 2, "hidden": 64})

@@ -24,7 +24,8 @@ class Entailment:
 
     A fact is "entity attribute value". The hypothesis is in the premise (entail), there with the
     attribute's other value (contradict), or says an attribute of an entity that the premise does
-    not (neutral), though it may say that attribute of others.
+    not (neutral). A share `near` of the neutral have an attribute that the premise says of others,
+    and cannot be told without knowing whose it is; in the rest it is new.
 
     Examples are {"inputs": (length,) int32, "valid": (length,) bool, "label": int32}: CLS, facts
     with AND between them, SEP, hypothesis, SEP. Example i depends on (seed, start + i) alone, so
@@ -38,11 +39,14 @@ class Entailment:
     seed: int = 0
     start: int = 0
     facts: int = 4
+    near: float = 1 / 16
     length: int = 24
 
     def __post_init__(self) -> None:
-        if not 2 <= self.facts <= 64:
-            raise ConfigError(f"data.facts={self.facts}: must be from 2 to 64")
+        if not 1 <= self.facts <= 8:
+            raise ConfigError(f"data.facts={self.facts}: must be from 1 to 8")
+        if not 0 <= self.near <= 1:
+            raise ConfigError(f"data.near={self.near}: must be in [0, 1]")
         if self.length < self.used:
             raise ConfigError(f"data.length={self.length}: {self.facts} facts need {self.used}")
 
@@ -83,13 +87,13 @@ class Entailment:
         word = FIRST_VALUE + VALUES * attribute + value
         return [FIRST_ENTITY + entity, FIRST_ATTRIBUTE + attribute, word]
 
-    @staticmethod
     def _unsaid(
-        rng: np.random.Generator, entities: np.ndarray, attributes: np.ndarray
+        self, rng: np.random.Generator, entities: np.ndarray, attributes: np.ndarray
     ) -> tuple[int, int]:
         """An entity and an attribute that no fact has together."""
         said = set(zip(entities.tolist(), attributes.tolist(), strict=True))
+        near = rng.random() < self.near
         while True:
-            found = int(rng.integers(ENTITIES)), int(rng.integers(ATTRIBUTES))
-            if found not in said:
-                return found
+            entity, attribute = int(rng.integers(ENTITIES)), int(rng.integers(ATTRIBUTES))
+            if (entity, attribute) not in said and (attribute in attributes) == near:
+                return entity, attribute

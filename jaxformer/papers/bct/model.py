@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import re
 from typing import Any
 
 import jax
@@ -40,6 +38,7 @@ from jaxformer.compress.blocks import (
     quantise,
 )
 from jaxformer.compress.intercepted import Intercepted
+from jaxformer.compress.matrix import PlainMap, as_matrix, from_matrix
 from jaxformer.errors import ConfigError
 from jaxformer.nn.activation import FUNCTIONS, Activation
 from jaxformer.nn.attention import Fused, Mix, Scores, Softmax, Unfused
@@ -50,7 +49,6 @@ from jaxformer.nn.heads import MeanPool
 from jaxformer.nn.make import swap
 from jaxformer.nn.norm import LayerNorm, Norm
 from jaxformer.nn.position import LearnedPosition, SinusoidalPosition
-from jaxformer.parallel.sharding import PARAMETER_RULES, axes_of
 
 # ------------------------------------------------------------------------ what is compressed how
 
@@ -116,39 +114,6 @@ def spec_of(name: str, leaf: Any, scheme: Scheme) -> BlockSpec:
     """How a parameter is compressed: biases and gains as vectors, all else as a matrix."""
     vector = name.rpartition("/")[2] in ("bias", "scale", "layer_scale")
     return scheme.vectors if vector or leaf.ndim < 2 else scheme.weights
-
-
-def _axes(name: str, ndim: int) -> tuple[int, int]:
-    """Leading axes of stacked layers, and where the outputs of a kernel begin."""
-    contracted, _ = axes_of(name, ndim, PARAMETER_RULES) or (range(ndim - 1), ())
-    return int("layers" in contracted), len(contracted)
-
-
-def as_matrix(name: str, x: jax.Array) -> jax.Array:
-    """A parameter as (outputs, inputs), after an axis of layers if they are stacked.
-
-    Tables stay as they are, and biases of heads become one row.
-    """
-    if re.search(r"(query|key|value)/bias$", name):
-        return x.reshape(*x.shape[:-2], -1)
-    if not name.endswith("/kernel"):
-        return x
-    stacked, split = _axes(name, x.ndim)
-    order = (*range(stacked), *range(split, x.ndim), *range(stacked, split))
-    layers, inputs = x.shape[:stacked], math.prod(x.shape[stacked:split])
-    return jnp.transpose(x, order).reshape(*layers, -1, inputs)
-
-
-def from_matrix(name: str, matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `as_matrix`."""
-    if not name.endswith("/kernel"):
-        return matrix.reshape(shape)
-    stacked, split = _axes(name, len(shape))
-    outputs = len(shape) - split
-    parts = (*shape[:stacked], *shape[split:], *shape[stacked:split])
-    middle = stacked + outputs
-    order = (*range(stacked), *range(middle, len(shape)), *range(stacked, middle))
-    return jnp.transpose(matrix.reshape(parts), order)
 
 
 def compress_parameters(params: Any, scheme: Scheme) -> Any:
@@ -292,17 +257,9 @@ class Integer(Simulated):
         return decompress(compress_fixed(x, spec), spec)
 
     def linear(self, method: Any, module: Einsum, x: Any, kernel: Any, bias: Any) -> jax.Array:
-        axes = Axes.of(module.equation)
-        inputs = [axis for axis in axes.kernel if axis not in axes.out]
-        outputs = [axis for axis in axes.kernel if axis not in axes.x]
-        if "".join(inputs) != axes.x or "".join(outputs) != axes.out:
-            raise ConfigError(
-                f"Einsum.equation={module.equation!r}: integer arithmetic has plain maps alone"
-            )
-        order = [axes.kernel.index(axis) for axis in (*outputs, *inputs)]
-        features = tuple(kernel.shape[i] for i in order[: len(outputs)])
-        w = jnp.transpose(kernel, order).reshape(math.prod(features), -1)
-        x, spec = _flat(x, len(inputs)), self.scheme.weights
+        plain = PlainMap(module.equation)
+        w = plain.matrix(kernel)
+        x, spec = plain.rows(x), self.scheme.weights
         room = headroom(x.shape[-1], self.scheme.values, spec)
         rows = x.reshape(-1, x.shape[-1])
         widths = [s.columns or x.shape[-1] for s in (self.scheme.values, spec)]
@@ -312,7 +269,7 @@ class Integer(Simulated):
             b = Fixed(*(jnp.broadcast_to(part, y.n.shape) for part in b))
             y = add_bias(y, b)
         y = y.value if module.out_dtype is not None else self.write(y)
-        return y.reshape(*x.shape[:-1], *features)
+        return y.reshape(*x.shape[:-1], *module.features)
 
     def scores(self, method: Any, module: Scores, q: jax.Array, k: jax.Array) -> jax.Array:
         room = headroom(q.shape[-1], self.scheme.values, self.scheme.values)
