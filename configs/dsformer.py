@@ -55,7 +55,7 @@ def get_config(preset: str) -> ConfigDict:
     config.update({"steps": 600, "batch_size": 64})
     if preset == "tiny":
         config.update({"steps": 30, "dense_steps": 60, "batch_size": 16})
-        config.model.update({"width": 32, "depth": 2, "heads": 2, "hidden": 64})
+        config.model.update({"width": 32, "depth": 1, "heads": 2, "hidden": 64})
         config.data.update({"train": 512, "test": 128, "test_rows": 64})
         config.factor.update({"columns": 16, "atoms": 8, "nonzeros": 2})
         config.factor.update({"up_atoms": 12, "up_nonzeros": 3, "rounds": 3})

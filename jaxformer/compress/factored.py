@@ -229,17 +229,29 @@ def factorise_layers(
     rounds: int = 10,
     weights: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, Factors]:
-    """{path: factors} of every layer of the table; `weights` {path: (outputs,)} if rows differ."""
-    return {
-        path: factorise(
-            w,
-            spec,
-            key=jax.random.fold_in(key, i),
-            rounds=rounds,
-            weight=None if weights is None else weights[path],
-        )
-        for i, (path, (spec, w)) in enumerate(table.chosen(params).items())
-    }
+    """{path: factors} of every layer of the table; `weights` {path: (outputs,)} if rows differ.
+
+    Layers of one shape are a loop, so that a program compiles one of them.
+    """
+    alike: dict[Any, list[str]] = {}
+    layers = table.chosen(params)
+    for path, (spec, w) in layers.items():
+        alike.setdefault((spec, w.shape), []).append(path)
+    found: dict[str, Factors] = {}
+    for i, ((spec, shape), names) in enumerate(alike.items()):
+        w = jnp.stack([layers[path][1] for path in names])
+        keys = jax.random.split(jax.random.fold_in(key, i), len(names))
+        rows = jnp.ones((len(names), shape[0]))
+        if weights is not None:
+            rows = jnp.stack([weights[path] for path in names])
+
+        def one(layer: Any, spec: FactorSpec = spec) -> Factors:
+            w, key, rows = layer
+            return factorise(w, spec, key=key, rounds=rounds, weight=rows)
+
+        many = jax.lax.map(one, (w, keys, rows))
+        found |= {path: Factors(*(x[j] for x in many)) for j, path in enumerate(names)}
+    return {path: found[path] for path in layers}
 
 
 def state_of(factors: Mapping[str, Factors], *, counted: bool) -> dict[str, Any]:
