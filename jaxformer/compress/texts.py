@@ -21,7 +21,6 @@ from jaxformer.interop.huggingface import port_of
 from jaxformer.models.encoder import Classifier, token_classifier
 from jaxformer.models.transformer import Transformer
 from jaxformer.nn.embed import TypedEmbed
-from jaxformer.nn.heads import FirstToken
 from jaxformer.nn.make import Make
 from jaxformer.recipe import FiniteData
 from jaxformer.tasks.classify import ClassifyTask
@@ -71,7 +70,7 @@ def text_model(config: ConfigDict) -> Classifier:
     if is_glue(config):
         embed = Make(TypedEmbed, vocabulary=vocabulary, width=model.width, dtype=model.dtype)
         encoder = encoder.replace(embed=embed)
-    return dataclasses.replace(found, encoder=encoder, pool=Make(FirstToken))
+    return dataclasses.replace(found, encoder=encoder)
 
 
 def is_glue(config: ConfigDict) -> bool:
