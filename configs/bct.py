@@ -1,0 +1,67 @@
+"""BCT: an encoder of text pairs, compressed in blocks without retraining."""
+
+from ml_collections import ConfigDict
+
+from jaxformer.config import base
+
+PRESETS = ("tiny", "small", "paper")
+
+
+def get_config(preset: str) -> ConfigDict:
+    """Procedural entailment; `paper` is BERT-base on a task of GLUE."""
+    config = base("bct")
+    config.model = {
+        "width": 64,
+        "depth": 2,
+        "heads": 4,
+        "hidden": 256,
+        "order": "pre",  # pre | post
+        "dropout": 0.0,
+        "scan": False,
+        "remat": "none",
+        "dtype": "float32",
+    }
+    config.data = {
+        "task": "entailment",  # or cola | sst-2 | mrpc | qqp | mnli | mnli-mm | qnli | rte | wnli
+        "train": 20_000,  # of entailment: how many pairs
+        "test": 2000,
+        "test_rows": 100,  # of a test batch
+        "length": 24,
+        "folder": "",  # of GLUE: the task's folder of TSV files
+        "tokenizer": "",  # a WordPiece vocab.txt, or a tokenizer.json
+        "vocabulary": 30_522,
+    }
+    config.compress = {
+        "bits": "int4/8",  # float | int8 | int4/8 (weights/values) | fp8
+        "granularity": "block",  # block | row | tensor: what shares a shift
+        "weight_rows": 64,
+        "weight_columns": 64,
+        "value_columns": 64,
+        "shift_bits": 8,
+        "probs_unsigned": False,  # one bit more for probabilities
+        "integer": False,  # int8 codes and int32 sums, not rounded floats
+    }
+    # Put into the trained model without a change of what it computes; at none | norms | values.
+    config.outliers = {"at": "norms", "channels": 4, "factor": 30.0}
+    config.huggingface = ConfigDict()  # of an imported BERT its config.json
+    config.init_from = ""  # the run of a trained encoder, such as `jaxformer import` makes
+    config.optim.update(learning_rate=3e-3, warmup_steps=100, schedule="cosine", clip=1.0)
+    config.optim.weight_decay = 0.01
+    config.update({"steps": 1500, "batch_size": 64})
+    if preset == "tiny":
+        config.update({"steps": 60, "batch_size": 16})
+        config.model.update({"width": 32, "depth": 2, "heads": 2, "hidden": 64})
+        config.data.update({"train": 512, "test": 128, "test_rows": 64})
+        config.compress.update({"weight_rows": 16, "weight_columns": 16, "value_columns": 16})
+        config.optim.warmup_steps = 5
+    elif preset == "paper":
+        # Fine-tuned BERT-base; with init_from and steps=0 nothing is trained.
+        config.model.update({"width": 768, "depth": 12, "heads": 12, "hidden": 3072})
+        config.model.update({"order": "post", "dropout": 0.1, "dtype": "bfloat16"})
+        config.data.update({"task": "mnli", "folder": "glue/MNLI", "length": 128})
+        config.data.tokenizer = "bert-base-uncased/vocab.txt"
+        config.compress.update({"weight_rows": 32, "weight_columns": 32, "shift_bits": 6})
+        config.outliers.at = "none"
+        config.optim.update(learning_rate=2e-5, warmup_steps=3700, schedule="linear")
+        config.update({"steps": 36_800, "batch_size": 32})
+    return config

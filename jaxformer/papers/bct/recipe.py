@@ -1,0 +1,103 @@
+"""The recipe of a config: an encoder is trained, or taken from elsewhere, and compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from jaxformer.compress.outliers import at_norms, at_values, draw_channels
+from jaxformer.compress.texts import describe_imported, text_data, text_model
+from jaxformer.errors import ConfigError
+from jaxformer.evaluation.evaluators import MeanEvaluator
+from jaxformer.models.transformer import require
+from jaxformer.nn.attention import head_sizes
+from jaxformer.papers.bct.model import (
+    Integer,
+    Scheme,
+    Simulated,
+    compress_parameters,
+    compressed,
+    scheme,
+)
+from jaxformer.recipe import InitFrom, Phase, Recipe, TrainState
+from jaxformer.tasks.classify import ClassifyTask
+from jaxformer.train.updates import GradientUpdate
+
+OUTLIERS = ("none", "norms", "values")
+
+
+def build(config: ConfigDict) -> Recipe:
+    """Training in float32, then a phase of no steps that compresses the parameters.
+
+    The task of the whole is the compressed model; the update has the plain one.
+    """
+    describe_imported(config)
+    plain = ClassifyTask(text_model(config))
+    how = scheme_of(config)
+    arithmetic = Integer(how) if config.compress.integer else Simulated(how)
+    task = ClassifyTask(compressed(plain.model, arithmetic))
+    train, test = text_data(config)
+    if config.init_from and config.steps:
+        raise ConfigError(
+            f"config.steps={config.steps}: the run init_from={config.init_from!r} has been "
+            "trained, and compression trains nothing; give 0"
+        )
+    phases = [
+        Phase("train", config.steps, train, GradientUpdate.of(plain, config)),
+        Phase("compress", enter=compress(config, how)),
+    ]
+    evaluators = [MeanEvaluator(task, test, "compressed", "end")]
+    if config.steps:
+        every = config.evaluate.every or "phase_end"
+        evaluators.append(MeanEvaluator(plain, test, "float", every))
+    source = InitFrom(config.init_from) if config.init_from else None
+    return Recipe(task, phases, evaluators, init_from=source, unit="pairs")
+
+
+def scheme_of(config: ConfigDict) -> Scheme:
+    """As the section `compress` says."""
+    fields = config.compress
+    return scheme(
+        fields.bits,
+        fields.granularity,
+        weight_block=(fields.weight_rows, fields.weight_columns),
+        value_block=fields.value_columns,
+        shift_bits=fields.shift_bits,
+        probs_unsigned=fields.probs_unsigned,
+    )
+
+
+def compress(config: ConfigDict, how: Scheme) -> Callable[[TrainState], TrainState]:
+    """Outliers put in, if any are asked for, and parameters as their codes say."""
+    inject = injection(config)
+
+    def enter(state: TrainState) -> TrainState:
+        return state.replace(params=compress_parameters(inject(state.params), how))
+
+    return enter
+
+
+def injection(config: ConfigDict) -> Callable[[TrainState], TrainState]:
+    """The change of parameters that the section `outliers` says.
+
+    Raises:
+        ConfigError: outliers at the norms of a model whose blocks have theirs after the sum.
+    """
+    fields, model = config.outliers, config.model
+    require("outliers.at", fields.at, OUTLIERS)
+    if fields.at == "none":
+        return lambda params: params
+    if config.huggingface:
+        raise ConfigError(f"outliers.at={fields.at!r}: an imported model has its own; give 'none'")
+    if fields.at == "values":
+        _, head_size = head_sizes(model.width, model.heads)
+        channels = draw_channels(head_size, fields.channels, config.seed)
+        return lambda params: at_values(params, channels, fields.factor)
+    if model.order != "pre":
+        raise ConfigError(
+            f"outliers.at='norms': model.order={model.order!r} would change what the model "
+            "computes; give model.order='pre' or outliers.at='values'"
+        )
+    channels = draw_channels(model.width, fields.channels, config.seed)
+    return lambda params: at_norms(params, channels, fields.factor)
