@@ -23,11 +23,11 @@ def get_config(preset: str) -> ConfigDict:
         }
     )
     config.data.size = 16
-    config.multi_head_steps = 1500
+    config.multi_head_steps = 2000
     # Many small batches make more of three epochs; the rate is of that before conversion.
-    config.up_train = {"batch_size": 8, "rate_scale": 0.5}
+    config.up_train = {"batch_size": 4, "rate_scale": 1.0}
     config.optim.update(learning_rate=2e-3, warmup_steps=20, schedule="cosine", clip=1.0)
-    config.update({"steps": 540, "batch_size": 32})  # three epochs
+    config.update({"steps": 1080, "batch_size": 32})  # three epochs
     if preset == "tiny":
         config.update({"steps": 40, "multi_head_steps": 30, "batch_size": 8})
         config.model.update({"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "hidden": 64})
