@@ -31,6 +31,7 @@ from jaxformer.parallel.sharding import rules_of, spec_for
 from jaxformer.recipe import Update
 from jaxformer.train.fit import FitOptions, fit
 from jaxformer.train.states import abstract_states, lower, on_device, restore
+from jaxformer.train.updates import Eager
 
 STEPS = 30
 SHARDINGS = Path(__file__).parent / "golden_sharding"
@@ -74,12 +75,17 @@ class Finished:
         return [row["loss"] for row in read_jsonl(f"{self.workdir}/metrics.jsonl") if "loss" in row]
 
 
+def compiled(phase):
+    """Whether it trains by one jitted update; calibration layer by layer has no loss."""
+    return phase.update is not None and not isinstance(phase.update, Eager)
+
+
 @functools.cache
 def finished(slug):
     recipe = recipe_of(slug)
     traces = {phase.name: [] for phase in recipe.phases}
     counting = [
-        dataclasses.replace(p, update=p.update and Counting(p.update, traces[p.name]))
+        dataclasses.replace(p, update=Counting(p.update, traces[p.name])) if compiled(p) else p
         for p in recipe.phases
     ]
     workdir = tempfile.mkdtemp()
@@ -125,7 +131,8 @@ def test_is_a_paper(slug):
 def test_learns(slug):
     """Loss finite and falling, one compilation per phase, no dead parameter."""
     run = finished(slug)
-    assert np.all(np.isfinite(run.losses)) and len(run.losses) == run.recipe.steps
+    trained = sum(phase.steps for phase in run.recipe.phases if compiled(phase))
+    assert np.all(np.isfinite(run.losses)) and len(run.losses) == trained
     assert np.mean(run.losses[-5:]) < np.mean(run.losses[:5])
     assert all(len(traces) <= 1 for traces in run.traces.values())
     task, batch = run.recipe.task, first_batch(run.recipe)
@@ -254,7 +261,7 @@ def test_survives_a_kill(slug, tmp_path):
     state = restore(recipe_of(slug), tmp_path, mesh=one_device())
     assert_same(jax.device_get(state.replace(key=0)), finished(slug).state, tolerance=0)
     steps = [row["step"] for row in read_jsonl(metrics) if "loss" in row]
-    assert steps == sorted(set(steps)) and steps[-1] == finished(slug).recipe.steps
+    assert steps == sorted(set(steps)) and len(steps) == len(finished(slug).losses)
 
 
 @every_paper

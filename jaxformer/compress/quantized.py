@@ -43,7 +43,7 @@ Per = Literal["tensor", "channel", "head"]
 class Rule:
     """Operands whose name the regex `where` finds are quantised, by None not.
 
-    `per` says what has a state of its own: nothing, the last axis of an input or the outputs of a
+    `per` says what has a state of its own: nothing, the features of an input or the outputs of a
     kernel ("channel"), or the heads of an operand of attention ("head"). `but` names arrays of the
     state that are by other things.
     """
@@ -58,11 +58,12 @@ class Rule:
         per = dict(self.but).get(name, self.per)
         if per == "tensor":
             return (1,) * x.ndim
-        kept = {x.ndim - 1}
         if operand == "kernel":
             axes = Axes.of(module.equation)
             kept = {i for i, axis in enumerate(axes.kernel) if axis in axes.out}
-        elif per == "head":
+        elif operand == "input":
+            kept = set(range(x.ndim - len(Axes.of(module.equation).x), x.ndim))
+        else:
             kept = {1 if operand == "probabilities" else 2}
         return tuple(size if i in kept else 1 for i, size in enumerate(x.shape))
 

@@ -47,12 +47,23 @@ class Ensemble:
     def init(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.init(*args, **kwargs)
 
-    def apply(self, variables: Any, *args: Any, train: bool = False, **kwargs: Any) -> Any:
+    def apply(
+        self,
+        variables: Any,
+        *args: Any,
+        train: bool = False,
+        rngs: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As of a module; what passes change, or sow, is dropped."""
         if train or not self.passes:
-            return self.model.apply(variables, *args, train=train, **kwargs)
+            options = {"train": train, "rngs": rngs, "mutable": mutable}
+            return self.model.apply(variables, *args, **options, **kwargs)
 
         def once(index: jax.Array) -> jax.Array:
             rngs = {"dropout": jax.random.fold_in(jax.random.key(self.seed), index)}
             return self.model.apply(variables, *args, train=True, rngs=rngs, **kwargs)
 
-        return self.average(jax.lax.map(once, jnp.arange(self.passes)))
+        y = self.average(jax.lax.map(once, jnp.arange(self.passes)))
+        return (y, {}) if mutable else y

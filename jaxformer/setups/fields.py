@@ -41,7 +41,7 @@ def post_training(config: ConfigDict, preset: str) -> None:
     config.update({"steps": 2000, "batch_size": 32})
     config.optim.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1)
     if preset == "tiny":
-        config.model.update({"width": 32, "depth": 2, "hidden": 64, "patch": 4})
+        config.model.update({"width": 32, "depth": 2, "hidden": 64, "patch": 4, "dropout": 0.0})
         config.update({"steps": 40, "batch_size": 16})
         config.optim.warmup_steps = 5
         config.calibration.images = 8

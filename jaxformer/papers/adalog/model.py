@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxformer.compress.quantized import Quantized, Rule
 from jaxformer.compress.quantizers import GELU_SHIFT, TINY, Shifted, Uniform, check_bits
-from jaxformer.compress.straight_through import clip_ste, round_ste
+from jaxformer.compress.straight_through import clip_ste, round_ste, straight_through
 
 R = 37  # steps of the exponent's fraction: the base is 2^(q / R), q an integer
 
@@ -22,7 +22,8 @@ class AdaLog:
     """s b^-u, u = round(-log_b(x / s)); 0 where u > 2^bits - 1. Values above s become s.
 
     The power is a shift by floor(u q / R) times an entry of a table of `bits` + 1 bits
-    (section 3.2). q = R is log2, half of it log sqrt(2).
+    (section 3.2). q = R is log2, half of it log sqrt(2). The gradient is that of `SmoothAdaLog`,
+    which has no table.
     """
 
     bits: int
@@ -36,8 +37,9 @@ class AdaLog:
 
     def __call__(self, x: jax.Array, scale: jax.Array, q: jax.Array) -> jax.Array:
         u = self.encode(x, scale, q)
-        shift, mantissa = self.table(clip_ste(u, 0, 2**self.bits - 1), q)
-        return jnp.where(u < 2**self.bits, scale * jnp.exp2(-shift) * mantissa, 0.0)
+        shift, mantissa = self.table(jnp.clip(u, 0, 2**self.bits - 1), q)
+        value = jnp.where(u < 2**self.bits, scale * jnp.exp2(-shift) * mantissa, 0.0)
+        return straight_through(value, SmoothAdaLog(self.bits)(x, scale, q))
 
     def encode(self, x: jax.Array, scale: jax.Array, q: jax.Array) -> jax.Array:
         """Codes from 0 on; 2^bits and more stand for 0."""
@@ -54,7 +56,7 @@ class AdaLog:
 
 @dataclasses.dataclass(frozen=True)
 class SmoothAdaLog(AdaLog):
-    """The same without its table, for training: scale and values receive gradients."""
+    """The same without its table, for training."""
 
     def __call__(self, x: jax.Array, scale: jax.Array, q: jax.Array) -> jax.Array:
         u = self.encode(x, scale, q)
