@@ -32,6 +32,7 @@ def get_config(preset: str) -> ConfigDict:
         config.update({"steps": 40, "multi_head_steps": 30, "batch_size": 8})
         config.model.update({"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "hidden": 64})
         config.model.window = 10
+        config.up_train.batch_size = 8
         config.optim.warmup_steps = 5
         config.evaluate.batches = 4
     elif preset == "paper":

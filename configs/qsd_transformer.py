@@ -42,7 +42,7 @@ def get_config(preset: str) -> ConfigDict:
         # A block with the paper's would not be seen in so few steps, and its lesson not learnt.
         config.model.update({"layer_scale": 0.5, "fgd": 0.01, "label_smoothing": 0.0})
         config.model.bits = 8
-        config.optim.update(learning_rate=1e-2, warmup_steps=5)
+        config.optim.update(learning_rate=1e-2, warmup_steps=15, clip=0.0)
         config.evaluate.batches = 4
     elif preset.startswith("paper"):
         paper(config, preset)
