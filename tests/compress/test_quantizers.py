@@ -93,7 +93,9 @@ def test_rounding_that_is_learned_begins_where_it_was():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Uniform(0), lambda: Symmetric(1), lambda: Log(17)], ids=str
+    "make",
+    [lambda: Uniform(0), lambda: Symmetric(1), lambda: Log(17)],
+    ids=["uniform", "symmetric", "log"],
 )
 def test_numbers_of_bits_that_make_no_sense_are_refused(make):
     with pytest.raises(ConfigError, match=r"bits=.*must be from"):
