@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from jaxformer.config import base
+from jaxformer.setups.fields import text_pairs
 
 PRESETS = ("tiny", "small", "paper")
 
@@ -10,27 +11,7 @@ PRESETS = ("tiny", "small", "paper")
 def get_config(preset: str) -> ConfigDict:
     """Procedural entailment at 2.8 times; `paper` is BERT-base on a task of GLUE."""
     config = base("dsformer")
-    config.model = {
-        "width": 64,
-        "depth": 2,
-        "heads": 4,
-        "hidden": 256,
-        "order": "pre",  # pre | post
-        "dropout": 0.0,
-        "scan": False,
-        "remat": "none",
-        "dtype": "float32",
-    }
-    config.data = {
-        "task": "entailment",  # or cola | sst-2 | mrpc | qqp | mnli | mnli-mm | qnli | rte | wnli
-        "train": 20_000,  # of entailment: how many pairs
-        "test": 2000,
-        "test_rows": 100,  # of a test batch
-        "length": 24,
-        "folder": "",  # of GLUE: the task's folder of TSV files
-        "tokenizer": "",  # a WordPiece vocab.txt, or a tokenizer.json
-        "vocabulary": 30_522,
-    }
+    text_pairs(config)
     config.factor = {
         "method": "weight",  # weight | coef (straight through) | frozen | svd
         "ratio": 2.8,  # of svd; of the others it follows from these:

@@ -12,14 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.analyze.operations import Product
+from jaxformer.compress.intercepted import fits
 from jaxformer.compress.straight_through import sign_ste
 from jaxformer.nn.attention import Mix, Scores
 from jaxformer.nn.einsum import Axes, Einsum
-
-
-def fits(pattern: str, module: nn.Module) -> bool:
-    """Whether the path of a module, "encoder/stack/block_0/mlp/up", has a match of `pattern`."""
-    return re.search(pattern, "/".join(module.path)) is not None
 
 
 def mean_scale(kernel: jax.Array, equation: str) -> jax.Array:

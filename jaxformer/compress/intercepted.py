@@ -18,6 +18,11 @@ from jaxformer.tasks.linen import CALL_ONLY
 Interceptor = Callable[[Callable[..., Any], Any, Any, nn.module.InterceptorContext], Any]
 
 
+def fits(pattern: str, module: nn.Module) -> bool:
+    """Whether the path of a module, "encoder/stack/block_0/mlp/up", has a match of `pattern`."""
+    return re.search(pattern, "/".join(module.path)) is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class Intercepted:
     """`model` with `interceptors` around every method of its modules, the first outermost.

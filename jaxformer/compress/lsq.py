@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from flax import linen as nn
 
 from jaxformer import paths
 from jaxformer.analyze.operations import MAPS
+from jaxformer.compress.intercepted import fits
 from jaxformer.compress.straight_through import round_ste, scale_gradient, straight_through
 from jaxformer.errors import ConfigError
 
@@ -74,7 +74,7 @@ class LearnedSteps:
         layer = context.module
         if not isinstance(layer, MAPS) or context.method_name != "contract":
             return method(*args, **kwargs)
-        if not re.search(self.pattern, "/".join(layer.path)):
+        if not fits(self.pattern, layer):
             return method(*args, **kwargs)
         x, kernel, bias = args
         axes, start = layer.contracted, initial_step(kernel, self.bits)

@@ -53,3 +53,28 @@ def post_training(config: ConfigDict, preset: str) -> None:
         config.outliers.channels = 0
         config.model.dropout = 0.0
         config.update({"steps": 0, "init_from": "runs/deit_small"})
+
+
+def text_pairs(config: ConfigDict) -> None:
+    """What `jaxformer.setups.texts` reads: a small encoder on procedural entailment."""
+    config.model = {
+        "width": 64,
+        "depth": 2,
+        "heads": 4,
+        "hidden": 256,
+        "order": "pre",  # pre | post
+        "dropout": 0.0,
+        "scan": False,
+        "remat": "none",
+        "dtype": "float32",
+    }
+    config.data = {
+        "task": "entailment",  # or cola | sst-2 | mrpc | qqp | mnli | mnli-mm | qnli | rte | wnli
+        "train": 20_000,  # of entailment: how many pairs
+        "test": 2000,
+        "test_rows": 100,  # of a test batch
+        "length": 24,
+        "folder": "",  # of GLUE: the task's folder of TSV files
+        "tokenizer": "",  # a WordPiece vocab.txt, or a tokenizer.json
+        "vocabulary": 30_522,
+    }

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from jaxformer.compress.outliers import at_norms, at_values, draw_channels
-from jaxformer.compress.texts import describe_imported, text_data, text_model
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.models.transformer import require
@@ -21,6 +20,7 @@ from jaxformer.papers.bct.model import (
     scheme,
 )
 from jaxformer.recipe import InitFrom, Phase, Recipe, TrainState
+from jaxformer.setups.texts import describe_imported, text_data, text_model
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.train.updates import GradientUpdate
 

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.compress.binary import BinaryEinsum, BinaryOperands, fits
-from jaxformer.compress.intercepted import Intercepted
+from jaxformer.compress.binary import BinaryEinsum, BinaryOperands
+from jaxformer.compress.intercepted import Intercepted, fits
 from jaxformer.compress.straight_through import straight_through
 from jaxformer.errors import ConfigError
 from jaxformer.models.transformer import require

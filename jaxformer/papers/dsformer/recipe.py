@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 from jaxformer import paths
 from jaxformer.compress.factored import STATE
 from jaxformer.compress.matrix import as_matrix
-from jaxformer.compress.texts import describe_imported, text_data, text_model
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.models.transformer import require
 from jaxformer.papers.dsformer.model import FactorisedTask, Method, table_of
 from jaxformer.recipe import Batch, Extra, InitFrom, Mean, Metrics, Phase, Recipe, Task, TrainState
+from jaxformer.setups.texts import describe_imported, text_data, text_model
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.train.optim import build as build_optimizer
 from jaxformer.train.updates import ForwardUpdate, GradientUpdate

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.compress.quantized import operands
+from jaxformer.compress.quantized import COLLECTION, operands
 from jaxformer.evaluation.claims import Lab
 from jaxformer.evaluation.report import figure
 from jaxformer.nn.einsum import Einsum
@@ -109,7 +109,7 @@ def layer_errors(made: Any, state: Any) -> dict[str, float]:
             ruled = [interceptor.rule(module, name) for name in ("input", "kernel")]
             if all(ruled):
                 x, kernel, bias = args
-                states = [module.get_variable("quantizers", n) for n in ("input", "kernel")]
+                states = [module.get_variable(COLLECTION, n) for n in ("input", "kernel")]
                 x_hat, k_hat = (
                     rule.quantizer(value, **own)
                     for rule, value, own in zip(ruled, (x, kernel), states, strict=True)
