@@ -20,6 +20,7 @@ from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.parallel.mesh import make_mesh
 from jaxformer.recipe import EvalContext, InitFrom, Params, Phase, Recipe, TrainState
 from jaxformer.setups import vision
+from jaxformer.setups.imported import adopt
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.staged import StagedTask
 from jaxformer.train.states import enter
@@ -35,7 +36,7 @@ def recipe(
         ConfigError: no images to calibrate on, a model whose layers are a loop, or a trained run
             that is to be trained again.
     """
-    vision.adopt(config)
+    adopt(config)
     count = config.calibration.images
     if count < 1:
         raise ConfigError(f"calibration.images={count}: give at least one image")

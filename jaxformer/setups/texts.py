@@ -24,23 +24,8 @@ from jaxformer.nn.embed import TypedEmbed
 from jaxformer.nn.make import Make
 from jaxformer.recipe import FiniteData
 from jaxformer.tasks.classify import ClassifyTask
-from jaxformer.train.checkpoint import Checkpoints, saved_steps
 
 TRUNK = ("width", "depth", "heads", "hidden", "order", "dropout", "scan", "remat", "dtype")
-
-
-def describe_imported(config: ConfigDict) -> None:
-    """Take over into the config what an imported run `init_from` says of its model."""
-    if not config.init_from or config.huggingface:
-        return
-    try:
-        step = saved_steps(config.init_from)[-1]
-    except ConfigError:
-        return  # `fit` says so, unless it continues a run that began there
-    with Checkpoints(config.init_from) as checkpoints:
-        page = checkpoints.meta(step)["config"].get("huggingface", {})
-    with config.unlocked():
-        config.huggingface = ConfigDict(page)
 
 
 def text_model(config: ConfigDict) -> Classifier:

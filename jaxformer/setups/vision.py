@@ -16,26 +16,8 @@ from jaxformer.interop.huggingface import port_of
 from jaxformer.models.transformer import Transformer
 from jaxformer.models.vit import vit
 from jaxformer.tasks.classify import ClassifyTask
-from jaxformer.train.checkpoint import Checkpoints, saved_steps
 
 SIZES = ("width", "depth", "heads", "hidden", "dropout", "scan", "remat", "dtype")
-
-
-def adopt(config: ConfigDict) -> None:
-    """Take over the description of the model that `init_from` was imported from, if it was."""
-    if config.init_from and not config.huggingface:
-        with config.unlocked():
-            config.huggingface = ConfigDict(imported(config.init_from))
-
-
-def imported(workdir: str) -> dict[str, Any]:
-    """The `config.json` of an imported run; empty for others, or where there is none."""
-    try:
-        step = saved_steps(workdir)[-1]
-    except ConfigError:
-        return {}  # `fit` says so, unless it continues a run that began there
-    with Checkpoints(workdir) as checkpoints:
-        return checkpoints.meta(step)["config"].get("huggingface", {})
 
 
 def classifier(config: ConfigDict) -> Any:

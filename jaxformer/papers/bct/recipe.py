@@ -20,7 +20,8 @@ from jaxformer.papers.bct.model import (
     scheme,
 )
 from jaxformer.recipe import InitFrom, Phase, Recipe, TrainState
-from jaxformer.setups.texts import describe_imported, text_data, text_model
+from jaxformer.setups.imported import adopt
+from jaxformer.setups.texts import text_data, text_model
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.train.updates import GradientUpdate
 
@@ -32,7 +33,7 @@ def build(config: ConfigDict) -> Recipe:
 
     The task of the whole is the compressed model; the update has the plain one.
     """
-    describe_imported(config)
+    adopt(config)
     plain = ClassifyTask(text_model(config))
     how = scheme_of(config)
     arithmetic = Integer(how) if config.compress.integer else Simulated(how)

@@ -25,6 +25,7 @@ from jaxformer.papers.bivit.model import (
 )
 from jaxformer.recipe import InitFrom, Phase, Recipe, Task, TrainState
 from jaxformer.setups import vision
+from jaxformer.setups.imported import adopt
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.distill import TEACHER, DistillTask, as_teacher
 from jaxformer.tasks.staged import StagedTask
@@ -40,7 +41,7 @@ def build(config: ConfigDict) -> Recipe:
 
     `init_from` names a run that has been trained in full precision.
     """
-    vision.adopt(config)
+    adopt(config)
     model = classifier(config)
     undropped = classifier(without_dropout(config))
     stages = binary_stages(config, undropped)

@@ -18,7 +18,8 @@ from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.models.transformer import require
 from jaxformer.papers.dsformer.model import FactorisedTask, Method, table_of
 from jaxformer.recipe import Batch, Extra, InitFrom, Mean, Metrics, Phase, Recipe, Task, TrainState
-from jaxformer.setups.texts import describe_imported, text_data, text_model
+from jaxformer.setups.imported import adopt
+from jaxformer.setups.texts import text_data, text_model
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.train.optim import build as build_optimizer
 from jaxformer.train.updates import ForwardUpdate, GradientUpdate
@@ -29,7 +30,7 @@ WEIGHTINGS = ("none", "fisher")
 
 def build(config: ConfigDict) -> Recipe:
     """Dense training, unless it is of another run; scores, if rows are weighted; factors."""
-    describe_imported(config)
+    adopt(config)
     fields = config.factor
     require("factor.weighting", fields.weighting, WEIGHTINGS)
     model = text_model(config)

@@ -16,6 +16,7 @@ from jaxformer.nn.surgery import pool_key_heads
 from jaxformer.papers.key_driven_gqa.model import core, grouped
 from jaxformer.recipe import InitFrom, Phase, Recipe, Task, TrainState
 from jaxformer.setups import vision
+from jaxformer.setups.imported import adopt
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.staged import StagedTask
 from jaxformer.train.optim import build as build_optimizer
@@ -29,7 +30,7 @@ def build(config: ConfigDict) -> Recipe:
     `init_from` names that run. If it was imported, its `huggingface` describes the model, and is
     taken over into this config.
     """
-    vision.adopt(config)
+    adopt(config)
     before = ClassifyTask(vision.classifier(config))
     model = config.model
     epoch = model.epoch or None

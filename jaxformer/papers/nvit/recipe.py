@@ -42,7 +42,8 @@ from jaxformer.papers.nvit.model import (
 )
 from jaxformer.papers.nvit.phases import MASKS, SALIENCY, TEACHER, PruningUpdate, TaughtTask
 from jaxformer.recipe import Data, FiniteData, InitFrom, Phase, Recipe, TrainState
-from jaxformer.setups.vision import adopt, classifier
+from jaxformer.setups.imported import adopt
+from jaxformer.setups.vision import classifier
 from jaxformer.tasks.staged import StagedTask
 from jaxformer.train.optim import build as build_optimizer
 from jaxformer.train.states import restore

@@ -20,7 +20,8 @@ from jaxformer.models.transformer import require
 from jaxformer.nn.patch import split_patches
 from jaxformer.papers.zero_tprune.methods import Layer, Options, pruned
 from jaxformer.recipe import Batch, Data, Extra, InitFrom, LossOutput, Mean, Params, Phase, Recipe
-from jaxformer.setups.vision import adopt, classifier
+from jaxformer.setups.imported import adopt
+from jaxformer.setups.vision import classifier
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.train.updates import GradientUpdate
 
