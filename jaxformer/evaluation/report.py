@@ -55,6 +55,20 @@ def figure(path: Path, columns: int = 1, rows: int = 1, width: float = 4.5) -> A
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 
+def accuracy_bars(path: Path, panels: Mapping[str, Mapping[str, float]], whole: float) -> Path:
+    """A panel of named accuracies in percent for each title, beside that of the float model."""
+    fig, axes = figure(path, len(panels), width=5)
+    for axis, (title, named) in zip(axes.flat, panels.items(), strict=True):
+        names = list(named)[::-1]
+        bars = axis.barh(names, [named[name] for name in names])
+        axis.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+        axis.axvline(whole, linestyle=":", color="k", label="float")
+        axis.set(title=title, xlabel="accuracy %", xlim=(0, 112))
+        axis.legend(loc="lower left")
+    fig.savefig(path, dpi=110)
+    return path
+
+
 def curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
     """{metric: (steps, values)} of a metrics file."""
     found: dict[str, tuple[list[int], list[float]]] = {}

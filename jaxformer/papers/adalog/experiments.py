@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxformer.compress.synthetic import attention, baselines, best_state
 from jaxformer.evaluation.claims import Lab
-from jaxformer.evaluation.report import figure
+from jaxformer.evaluation.report import accuracy_bars
 from jaxformer.papers.adalog.model import AdaLog, rules
 from jaxformer.papers.adalog.search import BASES, AdaLogSearch
 from jaxformer.recipe import Claim, Findings
@@ -52,21 +51,12 @@ def digits(lab: Lab) -> Findings:
         "points_above_repq_at_3": three["AdaLog"] - three["RepQ-ViT"],
     }
     name = f"Accuracy %, in float {bench.float_accuracy:.4g}"
-    return Findings(values, {name: rows}, [_plot(lab, bench.float_accuracy, rows)])
-
-
-def _plot(lab: Lab, at_most: float, rows: list[dict[str, Any]]) -> Path:
-    path = lab.figure("digits")
-    fig, axes = figure(path, len(rows), width=4)
-    for axis, row in zip(axes.flat, rows, strict=True):
-        names = [name for name in row if name != "bits"]
-        axis.bar_label(axis.bar(names, [row[name] for name in names]), fmt="%.1f")
-        axis.axhline(at_most, linestyle=":", color="k", label="float")
-        bits = row["bits"]
-        axis.set(title=f"W{bits}A{bits}", ylabel="accuracy %", ylim=(0, 110))
-        axis.legend(loc="lower right")
-    fig.savefig(path, dpi=110)
-    return path
+    panels = {
+        f"W{row['bits']}A{row['bits']}": {k: v for k, v in row.items() if k != "bits"}
+        for row in rows
+    }
+    path = accuracy_bars(lab.figure("digits"), panels, bench.float_accuracy)
+    return Findings(values, {name: rows}, [path])
 
 
 def _error(bits: int) -> Claim:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jaxformer.compress.procedures import RepQ, repq_rules
 from jaxformer.compress.synthetic import attention, baselines, output_error
 from jaxformer.evaluation.claims import Lab
-from jaxformer.evaluation.report import figure
+from jaxformer.evaluation.report import accuracy_bars
 from jaxformer.papers.dopq_vit.model import FORMS, rules, search_tan
 from jaxformer.papers.dopq_vit.recipe import Procedure
 from jaxformer.recipe import Claim, Findings
@@ -80,22 +79,12 @@ def digits(lab: Lab) -> Findings:
         values[f"points_above_repq_{bits}"] = row["TanQ, median"] - base
         values[f"median_above_mean_{bits}"] = row["TanQ, median"] - row["TanQ, mean"]
     name = f"Accuracy %, in float {bench.float_accuracy:.4g}"
-    return Findings(values, {name: rows}, [_plot(lab, bench.float_accuracy, rows)])
-
-
-def _plot(lab: Lab, at_most: float, rows: list[dict[str, Any]]) -> Path:
-    path = lab.figure("digits")
-    fig, axes = figure(path, len(rows), width=5)
-    for axis, row in zip(axes.flat, rows, strict=True):
-        names = [name for name in row if name != "bits"]
-        bars = axis.barh(names[::-1], [row[name] for name in names[::-1]])
-        axis.bar_label(bars, fmt="%.1f", padding=3)
-        axis.axvline(at_most, linestyle=":", color="k", label="float")
-        axis.set(title=f"W{row['bits']}A{row['bits']}", xlabel="accuracy %", xlim=(0, 112))
-        axis.legend(loc="lower left")
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
-    return path
+    panels = {
+        f"W{row['bits']}A{row['bits']}": {k: v for k, v in row.items() if k != "bits"}
+        for row in rows
+    }
+    path = accuracy_bars(lab.figure("digits"), panels, bench.float_accuracy)
+    return Findings(values, {name: rows}, [path])
 
 
 def _error(bits: int) -> Claim:

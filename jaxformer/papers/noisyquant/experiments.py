@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from flax import linen as nn
 
 from jaxformer.compress.quantized import COLLECTION, operands
 from jaxformer.evaluation.claims import Lab
-from jaxformer.evaluation.report import figure
+from jaxformer.evaluation.report import accuracy_bars, figure
 from jaxformer.nn.einsum import Einsum
 from jaxformer.papers.noisyquant.model import expected_error, rounding_error, rules
 from jaxformer.papers.noisyquant.recipe import Procedure
@@ -90,7 +89,8 @@ def digits(lab: Lab) -> Findings:
         f"Accuracy %, in float {bench.float_accuracy:.4g}": rows,
         "Squared error of each layer's output, by activations": layers,
     }
-    return Findings(values, tables, [_plot(lab, bench.float_accuracy, mean)])
+    path = accuracy_bars(lab.figure("digits"), {"W4A4": mean}, bench.float_accuracy)
+    return Findings(values, tables, [path])
 
 
 def layer_errors(made: Any, state: Any) -> dict[str, float]:
@@ -122,17 +122,6 @@ def layer_errors(made: Any, state: Any) -> dict[str, float]:
         batch = evaluator.data.batch(0)
         task.predict(state.params, state.extra, batch, key=jax.random.key(0))
     return found
-
-
-def _plot(lab: Lab, at_most: float, mean: Mapping[str, float]) -> Path:
-    path = lab.figure("digits")
-    fig, ((axis,),) = figure(path, width=5)
-    axis.bar_label(axis.bar(list(mean), list(mean.values())), fmt="%.1f")
-    axis.axhline(at_most, linestyle=":", color="k", label="float")
-    axis.set(title="W4A4", ylabel="accuracy %", ylim=(min(mean.values()) - 10, 102))
-    axis.legend(loc="lower right")
-    fig.savefig(path, dpi=110)
-    return path
 
 
 CLAIMS = (
