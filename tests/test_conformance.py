@@ -34,10 +34,10 @@ from jaxformer.train.states import abstract_states, lower, on_device, restore
 from jaxformer.train.updates import Eager
 
 STEPS = 30
-# Where gradients are small beside the rounding of batch statistics, Adam makes whole steps of that.
-ROUNDS = {"qsd_transformer": {"optim__name": "sgd", "optim__learning_rate": 0.1}}
+OPTIONS = FitOptions(log_every=1, checkpoint_every=10, keep=None, progress=False)
 SHARDINGS = Path(__file__).parent / "golden_sharding"
-every_paper = pytest.mark.parametrize("slug", papers())
+# Scoped, so that one paper's tests follow each other and share its runs within a worker.
+every_paper = pytest.mark.parametrize("slug", papers(), scope="module")
 
 
 def one_device():
@@ -82,7 +82,7 @@ def compiled(phase):
     return phase.update is not None and not isinstance(phase.update, Eager)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def finished(slug):
     recipe = recipe_of(slug)
     traces = {phase.name: [] for phase in recipe.phases}
@@ -91,9 +91,8 @@ def finished(slug):
         for p in recipe.phases
     ]
     workdir = tempfile.mkdtemp()
-    options = FitOptions(log_every=1, checkpoint_every=10, keep=None, progress=False)
     counted = dataclasses.replace(recipe, phases=counting)
-    state = fit(counted, workdir=workdir, mesh=one_device(), options=options)
+    state = fit(counted, workdir=workdir, mesh=one_device(), options=OPTIONS)
     return Finished(recipe, workdir, jax.device_get(state.replace(key=0)), traces)
 
 
@@ -154,18 +153,14 @@ def test_learns(slug):
 @pytest.mark.slow
 def test_seed_decides(slug):
     """The same seed gives the same numbers, bit for bit; another seed gives others."""
-    options = FitOptions(progress=False, seed=0)
-    short = [dataclasses.replace(recipe_of(slug, seed=s)) for s in (0, 0, 1)]
-    cut = [
-        dataclasses.replace(r, phases=[dataclasses.replace(r.phases[0], steps=2)], evaluators=[])
-        for r in short
-    ]
-    seeds = (0, 0, 1)
-    states = [
-        fit(r, mesh=one_device(), options=dataclasses.replace(options, seed=s))
-        for r, s in zip(cut, seeds, strict=True)
-    ]
-    first, again, other = ([np.asarray(x) for x in jax.tree.leaves(s.params)] for s in states)
+    first, again, other = (
+        jax.tree.leaves(params)
+        for params in (
+            alone(slug),
+            first_steps(recipe_of(slug), one_device()),
+            first_steps(recipe_of(slug, seed=1), one_device(), seed=1),
+        )
+    )
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
@@ -174,29 +169,46 @@ def test_seed_decides(slug):
 @pytest.mark.slow
 def test_micro_batches(slug):
     """Four micro-batches give the step of the whole batch."""
-    whole, parts = recipe_of(slug), recipe_of(slug, gradient__accumulate=4)
-    if whole.phases[0].data is None:
+    parts = recipe_of(slug, gradient__accumulate=4)
+    if parts.phases[0].data is None:
         pytest.skip("the loss reads no batch")
-    if "batch_stats" in abstract_states(whole, one_device())[0].extra:
+    if normalises_the_batch(parts):
         pytest.skip("normalised over the batch, which is then a part")
     if slug == "ssa":
         pytest.skip("draws one set of keys for a batch, and then one for each part")
-    assert_same(*(first_steps(r, one_device()) for r in (parts, whole)), tolerance=2e-5)
+    assert_same(first_steps(parts, one_device()), alone(slug), tolerance=2e-5)
 
 
-def first_steps(recipe, mesh, steps=3):
+def first_steps(recipe, mesh, steps=3, seed=0):
     """Parameters after a few steps of the first phase."""
     phase = dataclasses.replace(recipe.phases[0], steps=steps)
     short = dataclasses.replace(recipe, phases=[phase], evaluators=[])
-    return jax.device_get(fit(short, mesh=mesh, options=FitOptions(progress=False)).params)
+    options = FitOptions(progress=False, seed=seed)
+    return jax.device_get(fit(short, mesh=mesh, options=options).params)
+
+
+@functools.lru_cache(maxsize=1)
+def alone(slug):
+    """The first steps on one device, which several tests compare with."""
+    return first_steps(recipe_of(slug), one_device())
+
+
+def normalises_the_batch(recipe):
+    return "batch_stats" in abstract_states(recipe, one_device())[0].extra
 
 
 @every_paper
 @pytest.mark.slow
 def test_meshes_agree(slug):
     """Eight simulated devices, in two arrangements, take the steps that one takes."""
-    recipe = recipe_of(slug, **ROUNDS.get(slug, {}))
-    one = first_steps(recipe, one_device())
+    recipe = recipe_of(slug)
+    if normalises_the_batch(recipe):
+        # Some gradients are small beside the rounding of batch statistics; of those Adam makes
+        # whole steps (parameters 3.1e-5 apart seen with l2vit).
+        recipe = recipe_of(slug, optim__name="sgd", optim__learning_rate=0.1)
+        one = first_steps(recipe, one_device())
+    else:
+        one = alone(slug)
     assert_same(first_steps(recipe, make_mesh({"data": 8})), one, tolerance=2e-5)
     mixed = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     assert_same(first_steps(recipe, mixed), one, tolerance=2e-5)
@@ -244,9 +256,8 @@ def test_survives_a_kill(slug, tmp_path):
     """SIGKILL at a random step; the same command then ends where an unbroken run ends, bitwise."""
     program = (
         "import sys; from pathlib import Path; import tests.conftest as c\n"
-        "from tests.test_conformance import FitOptions, fit, one_device, recipe_of\n"
-        "options = FitOptions(log_every=1, checkpoint_every=10, keep=None, progress=False)\n"
-        "fit(recipe_of(sys.argv[1]), workdir=sys.argv[2], mesh=one_device(), options=options)\n"
+        "from tests.test_conformance import OPTIONS, fit, one_device, recipe_of\n"
+        "fit(recipe_of(sys.argv[1]), workdir=sys.argv[2], mesh=one_device(), options=OPTIONS)\n"
     )
     command = [sys.executable, "-c", program, slug, str(tmp_path)]
     root = Path(__file__).parent.parent
@@ -261,8 +272,7 @@ def test_survives_a_kill(slug, tmp_path):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    subprocess.run(command, cwd=root, env=environment, check=True, timeout=240)
-    state = restore(recipe_of(slug), tmp_path, mesh=one_device())
+    state = fit(recipe_of(slug), workdir=str(tmp_path), mesh=one_device(), options=OPTIONS)
     assert_same(jax.device_get(state.replace(key=0)), finished(slug).state, tolerance=0)
     steps = [row["step"] for row in read_jsonl(metrics) if "loss" in row]
     assert steps == sorted(set(steps)) and len(steps) == len(finished(slug).losses)
