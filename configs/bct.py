@@ -26,9 +26,9 @@ def get_config(preset: str) -> ConfigDict:
     config.outliers = {"at": "norms", "channels": 4, "factor": 30.0}
     config.huggingface = ConfigDict()  # of an imported BERT its config.json
     config.init_from = ""  # the run of a trained encoder, such as `jaxformer import` makes
-    config.optim.update(learning_rate=3e-3, warmup_steps=100, schedule="cosine", clip=1.0)
+    config.optim.update(name="muon", learning_rate=5e-3, warmup_steps=100, clip=1.0)
     config.optim.weight_decay = 0.01
-    config.update({"steps": 1500, "batch_size": 64})
+    config.update({"steps": 1200, "batch_size": 64})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"width": 32, "depth": 2, "heads": 2, "hidden": 64})
@@ -43,6 +43,6 @@ def get_config(preset: str) -> ConfigDict:
         config.data.tokenizer = "bert-base-uncased/vocab.txt"
         config.compress.update({"weight_rows": 32, "weight_columns": 32, "shift_bits": 6})
         config.outliers.at = "none"
-        config.optim.update(learning_rate=2e-5, warmup_steps=3700, schedule="linear")
+        config.optim.update(name="adamw", learning_rate=2e-5, warmup_steps=3700, schedule="linear")
         config.update({"steps": 36_800, "batch_size": 32})
     return config

@@ -29,9 +29,9 @@ def get_config(preset: str) -> ConfigDict:
     config.huggingface = ConfigDict()  # of an imported BERT its config.json
     config.init_from = ""  # the run of a trained encoder, such as `jaxformer import` makes
     config.fresh = r"(?!)"  # its parameters that begin anew
-    config.dense_steps = 1500
+    config.dense_steps = 1200
     config.rate_scale = 0.3  # the learning rate of factors, of that of the dense model
-    config.optim.update(learning_rate=3e-3, warmup_steps=100, schedule="cosine", clip=1.0)
+    config.optim.update(name="muon", learning_rate=5e-3, warmup_steps=100, clip=1.0)
     config.optim.weight_decay = 0.01
     config.update({"steps": 600, "batch_size": 64})
     if preset == "tiny":
@@ -50,7 +50,7 @@ def get_config(preset: str) -> ConfigDict:
         config.factor.update({"columns": 64, "atoms": 96, "nonzeros": 12})
         config.factor.update({"up_atoms": 128, "up_nonzeros": 16})
         config.factor.every = 100
-        config.optim.update(learning_rate=2e-5, warmup_steps=3700, schedule="linear")
+        config.optim.update(name="adamw", learning_rate=2e-5, warmup_steps=3700, schedule="linear")
         config.rate_scale = 1.0
         config.update({"steps": 36_800, "dense_steps": 36_800, "batch_size": 32})
     return config

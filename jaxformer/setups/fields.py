@@ -70,7 +70,7 @@ def text_pairs(config: ConfigDict) -> None:
     }
     config.data = {
         "task": "entailment",  # or cola | sst-2 | mrpc | qqp | mnli | mnli-mm | qnli | rte | wnli
-        "train": 20_000,  # of entailment: how many pairs
+        "train": 100_000,  # of entailment: how many pairs
         "test": 2000,
         "test_rows": 100,  # of a test batch
         "length": 24,

