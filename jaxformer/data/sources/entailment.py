@@ -22,11 +22,12 @@ LABELS = ("entail", "contradict", "neutral")
 class Entailment:
     """`size` pairs of a premise of `facts` facts and a hypothesis of one, made when asked for.
 
-    A fact is "entity attribute value"; those of a premise are of different attributes, as else a
-    match of words that does not know whose they are ends at 95.9 % (measured). The hypothesis is in the premise (entail), there with the
-    attribute's other value (contradict), or says an attribute of an entity that the premise does
-    not (neutral). A share `near` of the neutral have an attribute that the premise says of others,
-    and cannot be told without knowing whose it is; in the rest it is new.
+    A fact is "entity attribute value"; the facts of a premise have different attributes, as else
+    a match of words that does not know whose they are ends at 95.9 % (measured). The hypothesis is
+    in the premise (entail), there with the attribute's other value (contradict), or says an
+    attribute of an entity that the premise does not (neutral). A share `near` of the neutral have
+    an attribute that the premise says of others, and cannot be told without knowing whose it is;
+    in the rest it is new.
 
     Examples are {"inputs": (length,) int32, "valid": (length,) bool, "label": int32}: CLS, facts
     with AND between them, SEP, hypothesis, SEP. Example i depends on (seed, start + i) alone, so

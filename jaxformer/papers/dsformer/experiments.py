@@ -55,8 +55,8 @@ def errors(name: str, seed: int) -> list[float]:
     for r, s, rank in POINTS:
         factors = factorise(w, FactorSpec(COLUMNS, r, s), key=jax.random.key(seed))
         left, right = low_rank(w, rank)
-        for x in (materialise(factors, ROWS), left @ right):
-            found.append(float(jnp.square(w - x).sum() / jnp.square(w).sum()))
+        pair = (materialise(factors, ROWS), left @ right)
+        found += [float(jnp.square(w - x).sum() / jnp.square(w).sum()) for x in pair]
     return found
 
 
