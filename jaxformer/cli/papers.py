@@ -37,8 +37,14 @@ def reproduce(options: argparse.Namespace, _: Any) -> int:
     from jaxformer.config import papers
 
     chosen = papers() if options.paper == "all" else [options.paper]
+    import jax
+
     from jaxformer.catalogue import paper_module, reproduce
 
+    if jax.config.jax_compilation_cache_dir is None:
+        # A claim trains the same program on several seeds; each is compiled once.
+        root = Path(options.workdir or "runs/reproduce")
+        jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
     failed = []
     for paper in chosen:
         paper_module(paper)
