@@ -41,13 +41,14 @@ def reproduce(options: argparse.Namespace, _: Any) -> int:
 
     from jaxformer.catalogue import paper_module, reproduce
 
+    for paper in chosen:
+        paper_module(paper)
     if jax.config.jax_compilation_cache_dir is None:
         # A claim trains the same program on several seeds; each is compiled once.
         root = Path(options.workdir or "runs/reproduce")
         jax.config.update("jax_compilation_cache_dir", str(root.absolute() / "compiled"))
     failed = []
     for paper in chosen:
-        paper_module(paper)
         workdir = Path(options.workdir or "runs/reproduce") / f"{paper}-{options.seed}"
         if not reproduce(paper, workdir, seed=options.seed):
             failed.append(paper)
