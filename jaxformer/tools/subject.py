@@ -136,7 +136,7 @@ def pixel_statistics(path: Path) -> tuple[Sequence[float], Sequence[float]]:
 
 def _length(config: Any) -> int | None:
     """The most tokens that the model of a config reads: what it has positions for."""
-    if "huggingface" in config:
+    if config.get("huggingface"):
         return huggingface.port_of(config["huggingface"], "config.huggingface").length
     return config.get("data", {}).get("length")
 
