@@ -176,7 +176,6 @@ def _checkpoint_verbs(verb: Verb) -> None:
     sub.add_argument("--images", help="images to test on, as for evaluate; default: its own")
     sub.add_argument("--examples", type=int, default=32, help="how many are looked at")
     sub.add_argument("--outliers", type=int, default=0, help="so many channels are made large")
-    sub.add_argument("--rows", type=int, default=16, help="examples of a timed batch")
     sub.add_argument("--seconds", type=float, default=30.0, help="of timing, at most")
     sub.add_argument("--out", required=True, help="a new run's folder, with the report")
 
@@ -226,7 +225,8 @@ def _paper_verbs(verb: Verb) -> None:
     sub.add_argument("--out", default="results/compare", help="folder of the page and figures")
 
     sub = verb("bench", papers.bench, "measure this machine: ratios within one run")
-    sub.add_argument("what", choices=("loop", "attention", "data", "checkpoint", "decode", "h200"))
+    what = ("loop", "attention", "data", "checkpoint", "decode", "compress", "h200")
+    sub.add_argument("what", choices=what)
     sub.add_argument("--out", help="h200: folder of the results (bench)")
     sub.add_argument("--stage", help="h200: numerics, peak, forward, ... (all)")
     sub.add_argument("--minutes", type=float, help="h200: time limit of a stage (7)")

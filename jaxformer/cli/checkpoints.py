@@ -80,7 +80,7 @@ def compress(options: argparse.Namespace, _: Any) -> None:
     from jaxformer.tools.compress import Plan, compress
 
     sweep = options.sweep.split(",") if options.sweep else ()
-    names = ("calibration", "images", "examples", "outliers", "rows", "seconds")
+    names = ("calibration", "images", "examples", "outliers", "seconds")
     plan = Plan(
         tuple(options.method),
         tuple(tuple(chain.split("+")) for chain in sweep),

@@ -99,3 +99,11 @@ class Intercepted(Wrapper):
             for interceptor in self.interceptors:
                 stack.enter_context(nn.intercept_methods(interceptor))
             yield
+
+
+def interceptors(model: Any) -> tuple[Interceptor, ...]:
+    """All that a model is intercepted by, the outermost first."""
+    if not isinstance(model, Wrapper):
+        return ()
+    own = model.interceptors if isinstance(model, Intercepted) else ()
+    return (*own, *interceptors(model.model))

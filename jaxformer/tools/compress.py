@@ -24,6 +24,7 @@ from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.evaluation.exams import ImageAccuracy, Subject, image_epoch
 from jaxformer.evaluation.report import markdown_table
 from jaxformer.interop import huggingface
+from jaxformer.parallel.mesh import make_mesh
 from jaxformer.recipe import Batch, Data, Predicts, Recipe, TrainState
 from jaxformer.storage.places import place
 from jaxformer.tasks.staged import StagedTask
@@ -41,7 +42,7 @@ class Plan:
 
     `calibration` and `images` name images as `evaluate --images` does, to look at `examples` of and
     to test on; by default they are the run's own. `outliers` channels of every norm become large
-    first, which changes nothing but what quantisers make of it. Times are of `rows` examples.
+    first, which changes nothing but what quantisers make of it. Models race for `seconds` at most.
 
     Raises:
         ConfigError: nothing is to be done, or a method is unknown.
@@ -53,14 +54,13 @@ class Plan:
     images: str | None = None
     examples: int = 32
     outliers: int = 0
-    rows: int = 16
-    seconds: float = 30.0  # at most, that the models race
+    seconds: float = 30.0
 
     def __post_init__(self) -> None:
         if not self.methods and not self.sweep:
             raise ConfigError("method: give at least one --method, or a --sweep")
-        if self.examples < 1 or self.rows < 1:
-            raise ConfigError(f"examples={self.examples}, rows={self.rows}: give at least 1 each")
+        if self.examples < 1:
+            raise ConfigError(f"examples={self.examples}: give at least one to calibrate on")
         for method in (*self.methods, *itertools.chain(*self.sweep)):
             compressor_of(method)
 
@@ -90,7 +90,8 @@ class Original:
         folder = Path(path) if huggingface.is_folder(path) else None
         config = run_config(path) if folder is None else pretrained_config(folder, out)
         recipe = build(config)
-        subject = open_subject(path, recipe=recipe if folder is None else None)
+        mesh = make_mesh({"data": 1}, jax.devices()[:1])  # layers are walked, and times compared
+        subject = open_subject(path, mesh=mesh, recipe=recipe if folder is None else None)
         params, extra = cast(subject.state.params, jnp.float32), subject.state.extra
         task: Any = recipe.task
         stage = config.compressed.stage if "compressed" in config else None
@@ -175,11 +176,12 @@ def compress(checkpoint: str | Path, plan: Plan, out: str | Path) -> Path:
     batch = original.examples(plan.calibration, plan.examples)
     evaluator = original.evaluator(plan.images)
     start = original.model
-    if plan.outliers:
-        start = with_outliers(start, plan.outliers, batch)
-    chain = start.chain(plan.methods, batch)
-    points = [start.chain(methods, batch)[-1] for methods in plan.sweep]
-    rows = measure([start, *chain, *points], evaluator, plan.rows, plan.seconds)
+    with jax.set_mesh(original.subject.mesh):
+        if plan.outliers:
+            start = with_outliers(start, plan.outliers, batch)
+        chain = start.chain(plan.methods, batch)
+        points = [start.chain(methods, batch)[-1] for methods in plan.sweep]
+        rows = measure([start, *chain, *points], evaluator, plan.seconds)
     out.mkdir(parents=True, exist_ok=True)
     if chain:
         save(original, chain[-1], out)
@@ -217,8 +219,8 @@ def report(original: Original, plan: Plan, rows: Sequence[Row]) -> str:
     text += [
         f"Calibrated on {plan.examples} examples of {looked}; tested on {images}. Agreement is the "
         "share of answers that are the original's. Bytes are of all arrays of a model, packed as "
-        "they are on disk. Products are counted (MFLOP of an example), times are measured, for "
-        f"{plan.rows} examples at once, the models taking turns; the original's speed is 1.",
+        "they are on disk. Products are counted (MFLOP of an example); times are measured, of a "
+        "test batch, the models taking turns, and the original's speed is 1.",
         "",
         *[f"- {row['model']}: {row['note']}." for row in rows if row["note"]],
         "",

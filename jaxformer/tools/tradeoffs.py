@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.analyze.flops import count
-from jaxformer.bench.clock import Deadline, program, race
+from jaxformer.bench.clock import Deadline, Run, race
 from jaxformer.catalogue import compressor_of
 from jaxformer.compress.compressor import check_fits
 from jaxformer.compress.packed import nbytes
 from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.evaluation.report import figure
-from jaxformer.parallel.mesh import make_mesh
 from jaxformer.recipe import Batch, EvalContext, Extra, Params, TrainState
 from jaxformer.train.states import on_device
 
@@ -65,34 +64,35 @@ class Model:
         return self.task.predict(params, extra, batch, key=jax.random.key(0))
 
 
-def measure(
-    models: Sequence[Model], evaluator: MeanEvaluator, examples: int, seconds: float
-) -> list[Row]:
+def measure(models: Sequence[Model], evaluator: MeanEvaluator, seconds: float) -> list[Row]:
     """A row for each model: metrics, how often it answers as the first does, size, work, time.
 
-    Time is that of so many `examples`, the models taking turns, for `seconds` at most; "speed" is
-    how many times faster than the first each is.
+    Time is that of a test batch, the models taking turns, for `seconds` at most; "speed" is how
+    many times faster than the first each is. To be called under the mesh of the models.
     """
-    mesh = make_mesh({"data": 1}, jax.devices()[:1])
-    context = EvalContext(mesh, "compress")
+    context = EvalContext(jax.sharding.get_mesh(), "compress")
+    data = evaluator.data
+    batch = jax.tree.map(jnp.asarray, on_device(data, data.batch(0)))
     rows: list[Row] = []
+    programs: list[Any] = []
     first: list[np.ndarray] = []
-    batch = some_rows(evaluator, examples)
-    with jax.set_mesh(mesh):
-        for model in models:
-            state = TrainState(0, model.params, model.extra, {}, jax.random.key(0))  # type: ignore[arg-type]
-            scores = dataclasses.replace(evaluator, task=model.task)(state, context)
-            found = answers(model, evaluator)
-            first = first or found
-            flops = count(model.predict, model.params, model.extra, batch) / examples
-            row: Row = {"model": model.name, **scores, "agreement": agreement(first, found)}
-            row |= {"bytes": nbytes((model.params, model.extra)), "MFLOP": flops / 1e6}
-            rows.append(row)
-        builds = {
-            str(i): lambda m=m: program(m.predict, m.params, m.extra, batch)
-            for i, m in enumerate(models)
-        }
-        times = race(builds, Deadline.after(seconds))
+    for model in models:
+        state = TrainState(0, model.params, model.extra, {}, jax.random.key(0))  # type: ignore[arg-type]
+        row: Row = {"model": model.name}
+        row |= dataclasses.replace(evaluator, task=model.task)(state, context)
+        likeliest = jax.jit(lambda p, e, b, m=model: m.predict(p, e, b).argmax(-1))
+        programs.append(likeliest.lower(model.params, model.extra, batch).compile())
+        found = answers(programs[-1], model, evaluator)
+        first = first or found
+        flops = count(model.predict, model.params, model.extra, batch) / data.batch_size
+        row |= {"agreement": agreement(first, found)}
+        row |= {"bytes": nbytes((model.params, model.extra)), "MFLOP": flops / 1e6}
+        rows.append(row)
+    builds = {
+        str(i): lambda p=p, m=m: Run(lambda: p(m.params, m.extra, batch), jax.block_until_ready)
+        for i, (p, m) in enumerate(zip(programs, models, strict=True))
+    }
+    times = race(builds, Deadline.after(seconds))
     for i, (row, model) in enumerate(zip(rows, models, strict=True)):
         one, own = times["0"], times[str(i)]
         if one.seconds is None or own.seconds is None:
@@ -103,23 +103,14 @@ def measure(
     return rows
 
 
-def some_rows(evaluator: MeanEvaluator, rows: int) -> Batch:
-    """The first test examples, from the start again where there are not so many."""
-    data = evaluator.data
-    batch = on_device(data, data.batch(0))
-    return jax.tree.map(lambda x: jnp.take(jnp.asarray(x), jnp.arange(rows) % len(x), 0), batch)
-
-
-def answers(model: Model, evaluator: MeanEvaluator) -> list[np.ndarray]:
+def answers(program: Any, model: Model, evaluator: MeanEvaluator) -> list[np.ndarray]:
     """The likeliest class of each test example (or position), those of no weight left out."""
     data, found = evaluator.data, []
-    count = evaluator.batches if evaluator.batches is not None else len(data)  # type: ignore[arg-type]
-    likeliest = jax.jit(lambda p, e, b: model.predict(p, e, on_device(data, b)).argmax(-1))
-    for k in range(count):
-        batch = data.batch(k)
-        answer = np.asarray(likeliest(model.params, model.extra, batch))
-        kept = np.asarray(batch.get("weight", np.ones(len(answer)))) > 0
-        found.append(answer[kept])
+    batches = evaluator.batches if evaluator.batches is not None else len(data)  # type: ignore[arg-type]
+    for k in range(batches):
+        batch = jax.tree.map(jnp.asarray, on_device(data, data.batch(k)))
+        answer = np.asarray(program(model.params, model.extra, batch))
+        found.append(answer[np.asarray(batch.get("weight", np.ones(len(answer)))) > 0])
     return found
 
 

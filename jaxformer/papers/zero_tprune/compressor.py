@@ -9,7 +9,8 @@ import jax
 
 from jaxformer.analyze.flops import count
 from jaxformer.compress.compressor import Facts, share_of
-from jaxformer.compress.intercepted import innermost, inside
+from jaxformer.compress.intercepted import innermost, inside, interceptors
+from jaxformer.compress.tokens import DropTokens
 from jaxformer.errors import ConfigError
 from jaxformer.models.encoder import Classifier
 from jaxformer.papers.zero_tprune.methods import Layer, Options, pruned
@@ -35,6 +36,8 @@ class Pruned:
             raise ConfigError(
                 f"method: zero_tprune drops patches of images; {type(model).__name__} is no ViT"
             )
+        if any(isinstance(i, DropTokens) for i in interceptors(task.model)):
+            raise ConfigError("method: zero_tprune comes once in a chain; its tokens are dropped")
         encoder = dict(model.encoder.arguments)
         patch = dict(encoder["embed"].arguments)["patch"]
         depth = len(dict(encoder["stack"].arguments).get("blocks", ()))
