@@ -18,6 +18,8 @@ from jaxformer import paths
 from jaxformer.analyze.flops import count
 from jaxformer.bench.clock import Deadline, program, race
 from jaxformer.compress.factored import LINEAR
+from jaxformer.compress.factorize import FactorSpec, size_of
+from jaxformer.compress.matrix import as_matrix
 from jaxformer.compress.packed import nbytes
 from jaxformer.models.transformer import Transformer
 from jaxformer.models.vit import vit
@@ -26,6 +28,7 @@ from jaxformer.recipe import Batch
 from jaxformer.tasks.classify import ClassifyTask
 
 Row = dict[str, Any]
+RATIO = 2.8  # of DSFormer
 KEPT = 0.7  # of the saving in FLOPs should be saved in time
 TOKENS = 1.35  # images/s of the token-pruned model, in those of the dense one
 MINUTES, GIGABYTES = 15, 3  # of calibration and search on 32 images
@@ -44,7 +47,7 @@ class Sizes:
     classes: int = 1000
     rows: int = 4
     examples: int = 32  # calibrated on
-    columns: int = 64  # q of DSFormer, whose r and s are those of its BERT-base at 2.8
+    columns: int = 64  # q of DSFormer
     seconds: float = 120.0
 
 
@@ -78,7 +81,7 @@ def times(task: Any, params: Any, batch: Batch, sizes: Sizes) -> list[Row]:
         own, extra, found = method.find(task, params, {}, batch)
         models[name] = method.task(task, found), own, extra
     factors = factorised(task, params, sizes)
-    models["dsformer:2.8"] = factors, *jax.jit(factors.init)(jax.random.key(0), batch)
+    models[f"dsformer:{RATIO}"] = factors, *jax.jit(factors.init)(jax.random.key(0), batch)
     calls = {
         name: lambda p, e, b, t=t: t.predict(p, e, b, key=jax.random.key(0))
         for name, (t, _, _) in models.items()
@@ -107,14 +110,16 @@ def times(task: Any, params: Any, batch: Batch, sizes: Sizes) -> list[Row]:
 
 
 def factorised(task: Any, params: Any, sizes: Sizes) -> Any:
-    """The task with layers as DSFormer's factors: r = 1.5 q and s = 12, 2 q and 16 for "up"."""
-    q = sizes.columns
-    found = []
-    for path in sorted({name.rpartition("/")[0] for name in paths.leaves(params)}):
-        if re.search(LINEAR, path):
-            wide = path.endswith("/up")
-            found.append([path, q, 2 * q if wide else 3 * q // 2, q // 4 if wide else 3 * q // 16])
-    return dsformer.compressor("2.8").task(task, {"factors": found})
+    """The task with layers as DSFormer's factors at 2.8 times, r = q / 2 and the s that is left."""
+    q, found = sizes.columns, []
+    for name, kernel in paths.leaves(params).items():
+        path, _, leaf = name.rpartition("/")
+        if leaf == "kernel" and re.search(LINEAR, path):
+            outputs, inputs = as_matrix(name, kernel).shape
+            one, none = (size_of(FactorSpec(q, q // 2, s), outputs, inputs).bits for s in (1, 0))
+            s = int((outputs * inputs * 32 / RATIO - none) / (one - none))
+            found.append([path, q, q // 2, min(s, q // 2)])
+    return dsformer.compressor(str(RATIO)).task(task, {"factors": found})
 
 
 def calibration(task: Any, params: Any, batch: Batch) -> Row:
