@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from jaxformer.compress.calibration import CalibrationUpdate, opened
 from jaxformer.compress.packed import QuantizedModel, has_packed, pack_kernels
@@ -64,6 +65,7 @@ class Calibrated:
         check_unpacked(params)
         update = CalibrationUpdate(task, self.rules, FixedData(batch), self.procedure)
         state, _ = update(TrainState(0, params, extra, {}, None), batch)  # type: ignore[arg-type]
+        check_same(task, params, state.params, extra, batch)
         variables = pack_kernels({**state.extra, "params": state.params}, self.rules)
         return variables.pop("params"), variables, {}
 
@@ -116,6 +118,22 @@ def check_unpacked(params: Params) -> None:
         raise ConfigError(
             "method: the parameters have been packed by a method before; one that changes weights "
             "comes before the quantiser in a chain"
+        )
+
+
+def check_same(task: Any, before: Params, after: Params, extra: Extra, batch: Batch) -> None:
+    """Hold surgery that moves scales between norms and maps to the function that it must keep.
+
+    Raises:
+        ConfigError: two examples are answered otherwise, by more than a hundredth.
+    """
+    few = {name: x[:2] for name, x in batch.items()}
+    predict = jax.jit(lambda params: task.predict(params, extra, few, key=jax.random.key(0)))
+    whole, moved = (predict(params) for params in (before, after))
+    if not jnp.abs(whole - moved).max() <= 1e-2 * jnp.abs(whole).max():
+        raise ConfigError(
+            "method: would change what this model computes, whose norms do not stand before its "
+            "branches alone, or whose maps have no bias; take another method"
         )
 
 

@@ -128,15 +128,12 @@ def materialise(factors: Factors, outputs: int) -> jax.Array:
 
 
 def apply_factors(factors: Factors, x: jax.Array, outputs: int) -> jax.Array:
-    """The matrix times x (..., inputs), in the order of products that is quickest.
+    """The matrix times x (..., inputs): z = D x, then s entries of z for each output.
 
-    For few rows of x: z = D x, then s entries of z for each output. Gathering is no product: for
-    many rows it took four times as long as the dense matrix on a CPU, at half of the FLOPs (DeiT-S,
-    788 tokens). Then S and D are two dense products, or where r (p + q) is no less than p q one,
-    with S D.
+    For many rows of x gathering took four times as long as the dense matrix on a CPU, at half of
+    its FLOPs: S and D are then two dense products, or S D is one where r (p + q) is no less.
     """
-    count, r, q = factors.basis.shape
-    p = factors.values.shape[1]
+    (count, r, q), p = factors.basis.shape, factors.values.shape[1]
     across = count * p // outputs
     many = math.prod(x.shape[:-1]) >= MANY
     if many and r * (p + q) >= p * q:

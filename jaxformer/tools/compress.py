@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxformer import paths
 from jaxformer.catalogue import build, compressor_of
-from jaxformer.compress.compressor import HasModel
+from jaxformer.compress.compressor import HasModel, check_same, check_unpacked
 from jaxformer.compress.outliers import at_norms, draw_channels
 from jaxformer.data.base import IndexedData
 from jaxformer.errors import ConfigError
@@ -142,21 +142,16 @@ class Original:
 
 
 def with_outliers(model: Model, count: int, batch: Batch) -> Model:
-    """The model with so many large channels in every norm, held to what it predicted before.
+    """The model with so many large channels in every norm.
 
     Raises:
-        ConfigError: its norms are not those of pre-norm blocks alone.
+        ConfigError: its norms are not those of pre-norm blocks alone, or its weights are packed.
     """
+    check_unpacked(model.params)
     norms = (x for n, x in paths.leaves(model.params).items() if n.endswith("_residual/norm/scale"))
-    width = len(next(norms, ()))
-    params = at_norms(model.params, draw_channels(width, count), FACTOR)
-    before = model.predict(model.params, model.extra, batch)
-    after = model.predict(params, model.extra, batch)
-    if not jnp.allclose(before, after, rtol=1e-3, atol=1e-3 * jnp.abs(before).max()):
-        raise ConfigError(
-            f"outliers={count}: would change what this model computes, for its norms do not stand "
-            "before its branches alone; leave --outliers out"
-        )
+    channels = draw_channels(len(next(norms, ())), count)
+    params = at_norms(model.params, channels, FACTOR)
+    check_same(model.task, model.params, params, model.extra, batch)
     return dataclasses.replace(model, params=params, name=f"original, {count} outliers")
 
 
@@ -183,18 +178,18 @@ def compress(checkpoint: str | Path, plan: Plan, out: str | Path) -> Path:
         points = [start.chain(methods, batch)[-1] for methods in plan.sweep]
         rows = measure([start, *chain, *points], evaluator, plan.seconds)
     out.mkdir(parents=True, exist_ok=True)
-    if chain:
-        save(original, chain[-1], out)
+    size = save(original, chain[-1], out) if chain else None
     pareto(rows, out / "pareto.png")
     found = {"checkpoint": str(checkpoint), "plan": dataclasses.asdict(plan), "models": rows}
+    found |= {"bytes on disk": size}
     (out / "result.json").write_text(json.dumps(found, indent=1) + "\n")
     page = out / "report.md"
-    page.write_text(report(original, plan, rows))
+    page.write_text(report(original, plan, rows, size))
     return page
 
 
-def save(original: Original, model: Model, out: Path) -> None:
-    """A run of the compressed model: the original's config and what was found."""
+def save(original: Original, model: Model, out: Path) -> int:
+    """A run of the compressed model, of the original's config and what was found; its bytes."""
     config = original.config.copy_and_resolve_references()
     config.unlock()
     config.compressed = {"stage": original.stage, "links": list(model.links)}
@@ -203,9 +198,10 @@ def save(original: Original, model: Model, out: Path) -> None:
     start_run(build(config), out, state)
     if original.folder is not None:
         keep_tokenizer(original.folder, out)
+    return sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
 
 
-def report(original: Original, plan: Plan, rows: Sequence[Row]) -> str:
+def report(original: Original, plan: Plan, rows: Sequence[Row], size: int | None) -> str:
     """The page, in Markdown."""
     images = plan.images or "the run's own test data"
     looked = plan.calibration or "the run's own training data"
@@ -219,11 +215,19 @@ def report(original: Original, plan: Plan, rows: Sequence[Row]) -> str:
     text += [
         f"Calibrated on {plan.examples} examples of {looked}; tested on {images}. Agreement is the "
         "share of answers that are the original's. Bytes are of all arrays of a model, packed as "
-        "they are on disk. Products are counted (MFLOP of an example); times are measured, of a "
+        "they are saved. Products are counted (MFLOP of an example); times are measured, of a "
         "test batch, the models taking turns, and the original's speed is 1.",
         "",
         *[f"- {row['model']}: {row['note']}." for row in rows if row["note"]],
         "",
+    ]
+    if size is not None:
+        text += [
+            f"The checkpoint takes {size:,} bytes on disk: {chain[-1]['bytes']:,} of arrays, and "
+            "about a thousand for the name, shape and checksum of each array.",
+            "",
+        ]
+    text += [
         "![accuracy over bytes and FLOPs](pareto.png)",
     ]
     return "\n".join(text) + "\n"

@@ -13,6 +13,8 @@ from jaxformer.compress.observers import min_max, symmetric_max
 from jaxformer.compress.packed import Codes, Packed, nbytes, unpacked
 from jaxformer.compress.quantizers import Symmetric, Uniform
 from jaxformer.errors import ConfigError
+from jaxformer.recipe import TrainState
+from jaxformer.train.checkpoint import Checkpoints
 
 SHAPES = arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=9)
 
@@ -60,3 +62,21 @@ def test_packed_leaves_are_trees_of_named_arrays():
 def test_codes_have_from_one_to_eight_bits():
     with pytest.raises(ConfigError, match=r"Codes.bits=9: must be from 1 to 8"):
         Codes.of(jnp.zeros(3), 9)
+
+
+def test_a_saved_leaf_takes_its_claimed_size_on_disk(tmp_path):
+    x = jax.random.normal(jax.random.key(0), (1024, 512))
+    # Scaled so that all codes are as likely, for what is stored is compressed as well.
+    x = jax.scipy.stats.norm.cdf(x)
+    params = {"kernel": Packed.of(x, Uniform(4), **min_max(4, x, (0,)))}
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, params, {}, {}, jax.random.key(0))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {})
+    files = (tmp_path / "checkpoints").rglob("*")
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    assert nbytes(params) == 1024 * 512 // 2 + 2 * 512 * 4
+    assert size == pytest.approx(nbytes(params), rel=0.05)
+    with Checkpoints(tmp_path) as checkpoints:
+        kernel = checkpoints.restore(0, state).params["kernel"]
+    np.testing.assert_array_equal(kernel.unpack(), params["kernel"].unpack())
