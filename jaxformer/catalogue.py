@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxformer.compress.compressor import Compressor, compressed
 from jaxformer.config import baselines, load_config, papers
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.claims import Lab, run_claims
@@ -35,7 +36,28 @@ def build(config: ConfigDict) -> Recipe:
     else:
         module = paper_module(config.paper)
     recipe = module.build(config)
+    if "compressed" in config:  # by `jaxformer compress`
+        links = [(compressor_of(x["method"]), x["found"]) for x in config.compressed.links]
+        recipe = compressed(recipe, config.compressed.stage, links)
     return dataclasses.replace(recipe, config=json.loads(config.to_json()))
+
+
+def compressors() -> list[str]:
+    """The papers that offer a `compressor`."""
+    return [paper for paper in papers() if hasattr(paper_module(paper), "compressor")]
+
+
+def compressor_of(method: str) -> Compressor:
+    """The method of a name and its argument, "adalog:w4a4".
+
+    Raises:
+        ConfigError: no paper offers it, or the argument is not one of its own.
+    """
+    name, _, argument = method.partition(":")
+    found = getattr(paper_module(name), "compressor", None) if name in papers() else None
+    if found is None:
+        raise ConfigError(f"method: {method!r} is not one of {', '.join(compressors())}")
+    return found(argument)
 
 
 def load(spec: str, **overrides: Any) -> Recipe:

@@ -35,7 +35,17 @@ def test_the_commands_exist():
     text = (ROOT / "README.md").read_text()
     verbs = set(re.findall(r"^\./launch/local (\w+)", text, re.MULTILINE))
     expected = {"train", "test", "list", "reproduce", "show", "evaluate", "sample", "bench"}
-    expected |= {"plan", "multihost", "import", "export", "convert", "launch", "soak", "compare"}
+    expected |= {
+        "plan",
+        "multihost",
+        "import",
+        "export",
+        "convert",
+        "launch",
+        "soak",
+        "compare",
+        "compress",
+    }
     assert expected == verbs
     for verb in verbs - {"test"}:
         shown = subprocess.run(

@@ -165,6 +165,20 @@ def _checkpoint_verbs(verb: Verb) -> None:
         if name == "convert":
             sub.add_argument("--layers", choices=("stacked", "unrolled"))
 
+    text = "make a checkpoint smaller by one or several papers' methods, and say what it costs"
+    sub = verb("compress", checkpoints.compress, text)
+    sub.add_argument("--checkpoint", required=True, help="run or Hugging Face folder")
+    how = "adalog:w4a4, zero_tprune:0.65, ...; several: one after the other"
+    sub.add_argument("--method", action="append", default=[], help=how)
+    how = "adalog:w3a3,nvit:0.7+adalog:w4a4: chains to compare, which are not saved"
+    sub.add_argument("--sweep", help=how)
+    sub.add_argument("--calibration", help="images to look at, as for evaluate; default: its own")
+    sub.add_argument("--images", help="images to test on, as for evaluate; default: its own")
+    sub.add_argument("--examples", type=int, default=32, help="how many are looked at")
+    sub.add_argument("--outliers", type=int, default=0, help="so many channels are made large")
+    sub.add_argument("--seconds", type=float, default=30.0, help="of timing, at most")
+    sub.add_argument("--out", required=True, help="a new run's folder, with the report")
+
     sub = verb("sample", checkpoints.sample, "continue a prompt, or draw pictures")
     sub.add_argument("--workdir", required=True)
     sub.add_argument("--step", type=int)
@@ -211,7 +225,8 @@ def _paper_verbs(verb: Verb) -> None:
     sub.add_argument("--out", default="results/compare", help="folder of the page and figures")
 
     sub = verb("bench", papers.bench, "measure this machine: ratios within one run")
-    sub.add_argument("what", choices=("loop", "attention", "data", "checkpoint", "decode", "h200"))
+    what = ("loop", "attention", "data", "checkpoint", "decode", "compress", "h200")
+    sub.add_argument("what", choices=what)
     sub.add_argument("--out", help="h200: folder of the results (bench)")
     sub.add_argument("--stage", help="h200: numerics, peak, forward, ... (all)")
     sub.add_argument("--minutes", type=float, help="h200: time limit of a stage (7)")

@@ -76,6 +76,21 @@ def convert(options: argparse.Namespace, _: Any) -> None:
     print(restack(options.run_folder, options.out, options.layers, step))
 
 
+def compress(options: argparse.Namespace, _: Any) -> None:
+    from jaxformer.tools.compress import Plan, compress
+
+    sweep = options.sweep.split(",") if options.sweep else ()
+    names = ("calibration", "images", "examples", "outliers", "seconds")
+    plan = Plan(
+        tuple(options.method),
+        tuple(tuple(chain.split("+")) for chain in sweep),
+        **{name: getattr(options, name) for name in names},
+    )
+    page = compress(options.checkpoint, plan, options.out)
+    print(page.read_text().split("\nCalibrated on")[0])
+    print(f"report: {page}")
+
+
 def sample(options: argparse.Namespace, _: Any) -> None:
     import jax
 

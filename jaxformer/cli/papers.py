@@ -92,6 +92,8 @@ def bench(options: argparse.Namespace, _: Any) -> None:
 
     if options.what == "attention":
         from jaxformer.bench.attention import bench_attention as bench
+    elif options.what == "compress":
+        from jaxformer.bench.compress import bench_compress as bench
     elif options.what == "data":
         from jaxformer.data.bench import bench_data as bench
     elif options.what == "decode":

@@ -24,7 +24,26 @@ def fits(pattern: str, module: nn.Module) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Intercepted:
+class Wrapper:
+    """A model around another `model`, which stands for it where tasks want one."""
+
+    model: Any
+
+
+def inside(model: Any, change: Callable[[Any], Any]) -> Any:
+    """`model` with `change` applied to the module below all that is wrapped around it."""
+    if isinstance(model, Wrapper):
+        return dataclasses.replace(model, model=inside(model.model, change))
+    return change(model)
+
+
+def innermost(model: Any) -> Any:
+    """The module below all that is wrapped around it."""
+    return innermost(model.model) if isinstance(model, Wrapper) else model
+
+
+@dataclasses.dataclass(frozen=True)
+class Intercepted(Wrapper):
     """`model` with `interceptors` around every method of its modules, the first outermost.
 
     An interceptor is a frozen dataclass with `__call__(method, args, kwargs, context)`, so that two
@@ -32,7 +51,6 @@ class Intercepted:
     the module's own are, other collections in the `extra` of a state.
     """
 
-    model: Any
     interceptors: tuple[Interceptor, ...]
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,3 +99,11 @@ class Intercepted:
             for interceptor in self.interceptors:
                 stack.enter_context(nn.intercept_methods(interceptor))
             yield
+
+
+def interceptors(model: Any) -> tuple[Interceptor, ...]:
+    """All that a model is intercepted by, the outermost first."""
+    if not isinstance(model, Wrapper):
+        return ()
+    own = model.interceptors if isinstance(model, Intercepted) else ()
+    return (*own, *interceptors(model.model))

@@ -88,11 +88,18 @@ class Quantized:
 
     def rule(self, module: Any, operand: str) -> Rule | None:
         """That of an operand; None: it stays as it is."""
-        name = "/".join((*module.path, operand))
+        return self.named("/".join((*module.path, operand)))
+
+    def named(self, name: str) -> Rule | None:
+        """The rule of an operand by its whole name."""
         for rule in self.rules:
             if re.search(rule.where, name):
                 return None if rule.quantizer is None else rule
         return None
+
+    def without(self, where: str) -> Quantized:
+        """The same, but for operands that the regex `where` finds, which stay as they are."""
+        return Quantized((Rule(where, None), *self.rules))
 
 
 def quantized(module: Any, operand: str, rule: Rule, x: jax.Array) -> jax.Array:

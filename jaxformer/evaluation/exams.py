@@ -7,19 +7,19 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxformer.data.base import Epoch, Example, Source
+from jaxformer.data.base import Epoch, Example, Source, Transform
 from jaxformer.data.sources.image import ImageFolder, digits
 from jaxformer.data.sources.jsonl import read_lines
 from jaxformer.data.sources.text import Windows, encode_files
 from jaxformer.data.sources.tfds import PreparedDataset
-from jaxformer.data.transforms import Normalize
+from jaxformer.data.transforms import Enlarge, Normalize
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.batch import rows_that_fit
 from jaxformer.evaluation.evaluators import MeanEvaluator, perplexity
@@ -123,19 +123,34 @@ class ImageAccuracy:
     name: str = "images"
 
     def of(self, subject: Subject) -> Evaluator:
-        if not isinstance(subject.task, ClassifyTask) or "image" not in subject.row:
-            raise _wrong_kind(subject, "an image classifier", "images")
-        _, height, _, channels = subject.row["image"].shape
-        source = _images(self.images, height, channels, subject.labels)
-        transforms = [] if subject.pixels is None else [Normalize(*subject.pixels)]
-        rows = self.batch or _rows(subject, source)
-        return MeanEvaluator(subject.task, Epoch(source, rows, transforms=transforms), self.name)
+        data = image_epoch(subject, self.images, self.batch)
+        return MeanEvaluator(subject.task, data, self.name)
 
 
-def _images(where: str, size: int, channels: int, labels: tuple[str, ...]) -> Source:
+def image_epoch(
+    subject: Subject, where: str, batch: int | None = None, split: Literal["train", "test"] = "test"
+) -> Epoch:
+    """The images that `where` names, as a subject wants them; of the digits those of `split`.
+
+    Raises:
+        ConfigError: it reads no images, or there are none.
+    """
+    if not isinstance(subject.task, ClassifyTask) or "image" not in subject.row:
+        raise _wrong_kind(subject, "an image classifier", "images")
+    _, height, _, channels = subject.row["image"].shape
+    source = _images(where, height, channels, subject.labels, split)
+    transforms: list[Transform] = [] if subject.pixels is None else [Normalize(*subject.pixels)]
+    if where == "digits" and height != 8:
+        transforms.insert(0, Enlarge(height))
+    return Epoch(source, batch or _rows(subject, source, transforms), transforms=transforms)
+
+
+def _images(
+    where: str, size: int, channels: int, labels: tuple[str, ...], of_digits: Any
+) -> Source:
     folder, _, split = where.partition(":")
     if where == "digits":
-        return digits("test")
+        return digits(of_digits)
     if (Path(folder) / "dataset_info.json").is_file():
         return Prepared(PreparedDataset(folder, split or "test", ("image", "label")), size)
     source = ImageFolder(where, size, "RGB" if channels == 3 else "L")
@@ -320,11 +335,14 @@ class _Choosing:
 _EXAMS = (Perplexity, ImageAccuracy, MultipleChoice)
 
 
-def _rows(subject: Subject, source: Source) -> int:
+def _rows(subject: Subject, source: Source, transforms: Sequence[Transform] = ()) -> int:
     """Rows of a batch of this source that fit, at most 32, a multiple of the devices."""
     ways = subject.mesh.shape["data"] * subject.mesh.shape["fsdp"]
     most = min(32, -(-len(source) // ways) * ways)
-    example = {**source[0], "weight": np.float32(1)}
+    example = source[0]
+    for transform in transforms:
+        example = transform(example, np.random.default_rng(0))
+    example = {**example, "weight": np.float32(1)}
     return rows_that_fit(subject.task, subject.state, example, subject.mesh, most)
 
 

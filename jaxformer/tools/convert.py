@@ -74,10 +74,15 @@ def import_folder(source: str | Path, workdir: str | Path, *, dtype: Any = None)
         return params, abstract.extra
 
     _new_run(build(config), workdir, read_theirs, dtype)
-    if folder_tokenizer(source, config.huggingface.to_dict()) is not None:
+    keep_tokenizer(source, workdir)
+    return workdir
+
+
+def keep_tokenizer(source: Path, workdir: Path) -> None:
+    """Copy the tokenizer of a Hugging Face folder, if it has one, to where its run looks for it."""
+    if folder_tokenizer(source, read_json(source / huggingface.CONFIG)) is not None:
         (workdir / TOKENIZER).mkdir()
         huggingface.copy_tokenizer(source, workdir / TOKENIZER)
-    return workdir
 
 
 def import_authors(
@@ -229,14 +234,16 @@ def export(
 ) -> Path:
     """Write a run's weights as safetensors, with its config and a model card, into a new folder.
 
-    An imported model becomes a Hugging Face folder that `transformers` loads, any other run a
-    folder that `import_folder` reads. Several `steps` are averaged.
+    An imported model becomes a Hugging Face folder that `transformers` loads, any other run, and
+    any that was compressed, a folder that `import_folder` reads, packed weights as they are.
+    Several `steps` are averaged.
     """
     workdir, out = Path(workdir), Path(out)
     config, recipe, chosen, state = _weights(workdir, steps, weights)
     params = cast(state.params, dtype)
     card = model_card(recipe, workdir, chosen, weights, params)
-    if "huggingface" in config:
+    # No other program reads packed weights, or knows what becomes of activations and tokens.
+    if config.get("huggingface") and "compressed" not in config:
         page = config.huggingface.to_dict()
         with tempfile.TemporaryDirectory() as made:
             files = workdir / TOKENIZER

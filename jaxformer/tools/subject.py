@@ -127,7 +127,7 @@ def pixel_statistics(path: Path) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation, in [0, 1], by which a folder wants its images normalised."""
     page = path / "preprocessor_config.json"
     fields = read_json(page) if page.is_file() else {}
-    statistics = fields.get("image_mean", [0.5] * 3), fields.get("image_std", [0.5] * 3)
+    statistics = fields.get("image_mean", [0.5]), fields.get("image_std", [0.5])  # any channels
     for name, values in zip(("image_mean", "image_std"), statistics, strict=True):
         if not isinstance(values, list) or not all(isinstance(v, int | float) for v in values):
             raise ConfigError(f"{page}: {name!r} is {values!r}; must be a list of numbers")
@@ -136,7 +136,7 @@ def pixel_statistics(path: Path) -> tuple[Sequence[float], Sequence[float]]:
 
 def _length(config: Any) -> int | None:
     """The most tokens that the model of a config reads: what it has positions for."""
-    if "huggingface" in config:
+    if config.get("huggingface"):
         return huggingface.port_of(config["huggingface"], "config.huggingface").length
     return config.get("data", {}).get("length")
 

@@ -10,6 +10,7 @@ from sklearn.linear_model import orthogonal_mp
 
 from jaxformer.compress import factorize
 from jaxformer.compress.factorize import (
+    MANY,
     Factors,
     FactorSpec,
     alternate,
@@ -171,10 +172,12 @@ def test_inputs_are_whitened():
 
 
 @pytest.mark.parametrize("rows", [None, 8])
-def test_factored_and_materialised_products_agree(rows):
-    w, spec = gaussian((24, 32)), FactorSpec(columns=8, atoms=10, nonzeros=3, rows=rows)
+@pytest.mark.parametrize(("count", "atoms"), [(5, 10), (MANY, 10), (MANY, 3)])
+def test_factored_and_materialised_products_agree(count, atoms, rows):
+    """By gathering, by one dense product, by two."""
+    w, spec = gaussian((24, 32)), FactorSpec(columns=8, atoms=atoms, nonzeros=3, rows=rows)
     factors = factorise(w, spec, key=KEY, rounds=1)
-    x = gaussian((2, 5, 32), 9)
+    x = gaussian((2, count, 32), 9)
     wanted = x @ materialise(factors, 24).T
     np.testing.assert_allclose(apply_factors(factors, x, 24), wanted, atol=1e-5)
     np.testing.assert_array_equal(paste(cut(w, spec), 24), w)

@@ -2,3 +2,4 @@
 
 from jaxformer.papers.adalog.experiments import CLAIMS as CLAIMS
 from jaxformer.papers.adalog.recipe import build as build
+from jaxformer.papers.adalog.recipe import compressor as compressor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from jaxformer.compress.compressor import Calibrated, bits_of
 from jaxformer.papers.adalog.model import rules
 from jaxformer.papers.adalog.search import AdaLogSearch
 from jaxformer.recipe import Recipe
@@ -14,3 +15,8 @@ def build(config: ConfigDict) -> Recipe:
     """Phases "train", "outliers" and "calibrate"."""
     quantised = rules(config.bits.weights, config.bits.activations)
     return post_training.recipe(config, quantised, AdaLogSearch)
+
+
+def compressor(argument: str) -> Calibrated:
+    """Calibration to the bits of "w4a4"."""
+    return Calibrated(rules(*bits_of(argument)), AdaLogSearch)

@@ -2,3 +2,4 @@
 
 from jaxformer.papers.dopq_vit.experiments import CLAIMS as CLAIMS
 from jaxformer.papers.dopq_vit.recipe import build as build
+from jaxformer.papers.dopq_vit.recipe import compressor as compressor

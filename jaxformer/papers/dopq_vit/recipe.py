@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxformer.compress.compressor import Calibrated, bits_of
 from jaxformer.papers.dopq_vit.model import DopQ, rules
 from jaxformer.recipe import Recipe
 from jaxformer.setups import post_training
@@ -34,3 +35,8 @@ def build(config: ConfigDict) -> Recipe:
     procedure = Procedure(model.statistic, model.refit)
     procedure({})  # refuses an unknown statistic before anything is trained
     return post_training.recipe(config, quantised, procedure)
+
+
+def compressor(argument: str) -> Calibrated:
+    """Calibration to the bits of "w4a4", by the symmetric tangent and medians of channels."""
+    return Calibrated(rules(*bits_of(argument)), Procedure())

@@ -2,3 +2,4 @@
 
 from jaxformer.papers.noisyquant.experiments import CLAIMS as CLAIMS
 from jaxformer.papers.noisyquant.recipe import build as build
+from jaxformer.papers.noisyquant.recipe import compressor as compressor

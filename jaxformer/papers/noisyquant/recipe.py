@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxformer.compress.compressor import Calibrated, bits_of
 from jaxformer.papers.noisyquant.model import NoisyQuant, rules
 from jaxformer.recipe import Recipe
 from jaxformer.setups import post_training
@@ -30,3 +31,8 @@ def build(config: ConfigDict) -> Recipe:
     procedure = Procedure(noise.search_shift, noise.search_noise, noise.seed)
     quantised = rules(config.bits.weights, config.bits.activations)
     return post_training.recipe(config, quantised, procedure)
+
+
+def compressor(argument: str) -> Calibrated:
+    """Calibration to the bits of "w6a6", with both searches."""
+    return Calibrated(rules(*bits_of(argument)), Procedure())

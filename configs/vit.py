@@ -1,0 +1,30 @@
+"""The plain ViT: scikit-learn's digits, or DeiT-S's sizes on folders of images."""
+
+from ml_collections import ConfigDict
+
+from jaxformer.config import base
+from jaxformer.setups.fields import image_classifier
+
+PRESETS = ("tiny", "small", "deit_s")
+
+
+def get_config(preset: str) -> ConfigDict:
+    """Digits enlarged to 16 x 16 in 64 patches, so that there are tokens to drop."""
+    config = base("vit")
+    image_classifier(config)
+    config.data.size = 16
+    config.model.dropout = 0.1
+    config.update({"steps": 1500, "batch_size": 32})
+    config.optim.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1)
+    if preset == "tiny":
+        config.model.update({"width": 32, "depth": 2, "hidden": 64, "patch": 4, "dropout": 0.0})
+        config.update({"steps": 60, "batch_size": 16})
+        config.optim.warmup_steps = 5
+        config.evaluate.batches = 4
+    elif preset == "deit_s":
+        config.model.update({"width": 384, "depth": 12, "heads": 6, "hidden": 1536, "patch": 16})
+        config.data.update({"train": "imagenet/train", "test": "imagenet/val"})
+        config.data.update({"size": 224, "classes": 1000})
+        config.update({"steps": 375_300, "batch_size": 1024})  # 300 epochs
+        config.optim.update(learning_rate=1e-3, warmup_steps=6255, weight_decay=0.05)
+    return config
