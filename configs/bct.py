@@ -15,7 +15,7 @@ def get_config(preset: str) -> ConfigDict:
     config.compress = {
         "bits": "int4/8",  # float | int8 | int4/8 (weights/values) | fp8
         "granularity": "block",  # block | row | tensor: what shares a shift
-        # The paper's width of 768 has 12 blocks of 64; with 16 this one has 4, and not a single one.
+        # The width of 768 has 12 blocks of 64 in the paper; 64 is one block of 64, or 4 of 16.
         "weight_rows": 16,
         "weight_columns": 16,
         "value_columns": 16,
