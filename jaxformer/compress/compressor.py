@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.compress.calibration import CalibrationUpdate, opened
-from jaxformer.compress.packed import QuantizedModel, has_packed, pack_kernels
+from jaxformer.compress.integer import QuantizedModel
+from jaxformer.compress.packed import has_packed, pack_kernels
 from jaxformer.compress.quantized import Quantized
 from jaxformer.data.base import FixedData
 from jaxformer.errors import ConfigError
@@ -57,7 +58,7 @@ class Calibrated:
 
     rules: Quantized
     procedure: Any  # Callable[[Params], ChangesParameters]
-    note: str = "fake quantisation: computed in float32"
+    note: str = "maps of uniform codes in integers, all else fake quantisation: rounded, in float32"
 
     def find(
         self, task: Any, params: Params, extra: Extra, batch: Batch

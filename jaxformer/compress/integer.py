@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxformer.compress.intercepted import Intercepted, Wrapper
+from jaxformer.compress.packed import KERNELS, MOST_BITS, Packed, pack_kernels, unpacked
 from jaxformer.compress.quantized import COLLECTION, Quantized, Rule, operands
 from jaxformer.compress.quantizers import Symmetric, Uniform
 from jaxformer.nn.einsum import Axes
@@ -38,71 +41,100 @@ def codes(quantizer: Uniform | Symmetric, x: jax.Array, state: Mapping[str, jax.
     return Codes((whole - offset).astype(jnp.int8), offset.astype(jnp.int32), scale)
 
 
+@dataclasses.dataclass(frozen=True)
 class Integer(Quantized):
-    """`Quantized` that computes linear maps in integers, for answers alone: no gradient passes.
+    """`Quantized` with linear maps in integers, for answers alone: no gradient passes.
 
-    A map is computed so if its input and its kernel have uniform codes of at most 8 bits, its input
-    one scale for all features, and its kernel no axis of separate maps. Everything else is as in
-    `Quantized`: rounded, and computed in floats. On a CPU a product of int8 (512, 768) and
-    (768, 3072) took .75 of the time of the float32 one.
+    A map is computed so if its kernel is `Packed` in `params`, its input has uniform codes of at
+    most 8 bits with one scale, and its kernel no axis of separate maps. All else is rounded and
+    computed in floats. On a CPU core that makes DeiT-S's blocks with 8 bits 1.06 times faster than
+    rounded floats, and not faster than the float model (.95).
     """
+
+    params: Any = dataclasses.field(default_factory=dict)
 
     def __call__(self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if operands(context) == ("input", "kernel") and not module.is_initializing():
-            rules = self.rule(module, "input"), self.rule(module, "kernel")
-            if in_integers(module.equation, *rules):
-                return linear(module, *rules, *args)
+        if operands(context) == ("input", "kernel"):
+            rule, leaf = self.rule(module, "input"), at(self.params, (*module.path, "kernel"))
+            if isinstance(leaf, Packed) and in_integers(module.equation, rule):
+                x, _, bias = args
+                state = module.get_variable(COLLECTION, "input")
+                left = codes(rule.quantizer, x.astype(jnp.float32), state)  # type: ignore
+                y = linear(module.equation, left, of_packed(leaf))
+                return finished(module, y, bias, x.dtype)
         return super().__call__(method, args, kwargs, context)
 
 
-def in_integers(equation: str, of_input: Rule | None, of_kernel: Rule | None) -> bool:
-    """Whether a linear map with these rules is computed in integers."""
+def at(tree: Any, path: tuple[str, ...]) -> Any:
+    """What lies at a path of nested dicts; None if nothing does."""
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def in_integers(equation: str, of_input: Rule | None) -> bool:
+    """Whether a linear map whose input has that rule can be computed in integers."""
     axes = Axes.of(equation)
-    separate = any(axis in axes.x and axis in axes.out for axis in axes.kernel)
-    return not separate and all(
-        rule is not None
-        and isinstance(rule.quantizer, Uniform | Symmetric)
-        and rule.quantizer.bits <= 8
-        and (rule is of_kernel or (rule.per == "tensor" and not rule.but))
-        for rule in (of_input, of_kernel)
+    return (
+        not any(axis in axes.x and axis in axes.out for axis in axes.kernel)
+        and of_input is not None
+        and isinstance(of_input.quantizer, Uniform | Symmetric)
+        and of_input.quantizer.bits <= MOST_BITS
+        and of_input.per == "tensor"
+        and not of_input.but
     )
 
 
-def linear(
-    module: Any, of_input: Any, of_kernel: Any, x: jax.Array, kernel: jax.Array, bias: Any
-) -> jax.Array:
-    """The map of an `Einsum`, of codes: sums of (x + a) (w + b) = x w + b x + a w + a b."""
-    axes = Axes.of(module.equation)
+def of_packed(leaf: Packed) -> Codes:
+    """The codes of a kernel as they lie, moved to around 0."""
+    half = 2 ** (leaf.codes.bits - 1)
+    code = leaf.codes.unpack().astype(jnp.int16) - half
+    return Codes(code.astype(jnp.int8), half - leaf.zero.astype(jnp.int32), leaf.scale)
 
-    def read(operand: str, rule: Rule, value: jax.Array) -> Codes:
-        state = module.get_variable(COLLECTION, operand)
-        return codes(rule.quantizer, value.astype(jnp.float32), state)  # type: ignore[arg-type]
 
-    left, right = read("input", of_input, x), read("kernel", of_kernel, kernel)
+def linear(equation: str, x: Codes, kernel: Codes) -> jax.Array:
+    """The map without its bias, in float32: sums of (x + a) (w + b) = x w + b x + a w + a b."""
+    axes, code = Axes.of(equation), kernel.code
     # Contracted axes first: a kernel of (inputs, outputs), as the product of integers wants it.
-    order = (*axes.contracted, *(i for i in range(kernel.ndim) if i not in axes.contracted))
+    order = (*axes.contracted, *(i for i in range(code.ndim) if i not in axes.contracted))
     inside = len(axes.contracted)
-    count = math.prod(kernel.shape[i] for i in axes.contracted)
-    outputs = [kernel.shape[i] for i in order[inside:]]
-    w_IxO = right.code.transpose(order).reshape(count, -1)
-    b_O = jnp.broadcast_to(right.offset.transpose(order)[(0,) * inside], outputs).reshape(-1)
-    scale_O = jnp.broadcast_to(right.scale.transpose(order)[(0,) * inside], outputs).reshape(-1)
-    x_XxI = left.code.reshape(*x.shape[: x.ndim - inside], count)
-    a = left.offset.reshape(())
+    count = math.prod(code.shape[i] for i in axes.contracted)
+    outputs = [code.shape[i] for i in order[inside:]]
 
-    def sums(y: jax.Array, axis: int) -> jax.Array:
-        return y.astype(jnp.int32).sum(axis)
+    def per_output(value: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(value.transpose(order)[(0,) * inside], outputs).reshape(-1)
 
-    product = jax.lax.dot_general(
-        x_XxI,
-        w_IxO,
-        (((x_XxI.ndim - 1,), (0,)), ((), ())),
-        preferred_element_type=jnp.int32,
-    )
-    product += sums(x_XxI, -1)[..., None] * b_O + a * (sums(w_IxO, 0) + count * b_O)
-    y = product.astype(jnp.float32) * (left.scale.reshape(()) * scale_O)
-    if bias is not None:
-        y = y + bias.reshape(-1)
-    dtype = module.out_dtype or module.dtype or x.dtype
-    return y.reshape(*x_XxI.shape[:-1], *outputs).astype(dtype)
+    w_IxO = code.transpose(order).reshape(count, -1)
+    x_XxI = x.code.reshape(*x.code.shape[: x.code.ndim - inside], count)
+    a, b_O = x.offset.reshape(()), per_output(kernel.offset)
+    contract = (((x_XxI.ndim - 1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(x_XxI, w_IxO, contract, preferred_element_type=jnp.int32)
+    y += x_XxI.sum(-1, dtype=jnp.int32)[..., None] * b_O
+    y += a * (w_IxO.sum(0, dtype=jnp.int32) + count * b_O)
+    scaled = y.astype(jnp.float32) * (x.scale.reshape(()) * per_output(kernel.scale))
+    return scaled.reshape(*x_XxI.shape[:-1], *outputs)
+
+
+def finished(module: Any, y: jax.Array, bias: jax.Array | None, dtype: Any) -> jax.Array:
+    """With the bias, in the dtype that the `Einsum` would have given."""
+    y = y if bias is None else y + bias
+    return y.astype(module.out_dtype or module.dtype or dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel(Wrapper):
+    """`model` with operands quantised by `rules`, of which kernels lie packed in the parameters."""
+
+    rules: Quantized
+
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        made = Intercepted(self.model, (self.rules,)).init(*args, **kwargs)
+        return pack_kernels(made, self.rules)
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        # What is unpacked is on its quantiser's grid already, and where it is not read as floats
+        # the compiler leaves it out.
+        rules = self.rules.without(KERNELS).rules
+        model = Intercepted(self.model, (Integer(rules, variables["params"]),))
+        return model.apply(unpacked(variables), *args, **kwargs)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer import paths
-from jaxformer.compress.intercepted import Intercepted, Wrapper
 from jaxformer.compress.quantized import COLLECTION, Quantized
 from jaxformer.compress.quantizers import Symmetric, Uniform
 from jaxformer.errors import ConfigError
@@ -117,19 +116,3 @@ def pack_kernels(variables: Mapping[str, Any], rules: Quantized) -> dict[str, An
         state = {field: states.pop(f"{name}/{field}") for field in fields}
         named[name] = Packed.of(named[name], rule.quantizer, **state)
     return {**variables, "params": paths.nest(named), COLLECTION: paths.nest(states)}
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizedModel(Wrapper):
-    """`model` with operands quantised by `rules`, of which kernels lie packed in the parameters."""
-
-    rules: Quantized
-
-    def init(self, *args: Any, **kwargs: Any) -> Any:
-        made = Intercepted(self.model, (self.rules,)).init(*args, **kwargs)
-        return pack_kernels(made, self.rules)
-
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        # What is unpacked is on its quantiser's grid already.
-        model = Intercepted(self.model, (self.rules.without(KERNELS),))
-        return model.apply(unpacked(variables), *args, **kwargs)

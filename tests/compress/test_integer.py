@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxformer.compress.integer import Integer, codes, in_integers
+from jaxformer.compress.integer import QuantizedModel, codes, in_integers
 from jaxformer.compress.intercepted import Intercepted
+from jaxformer.compress.packed import has_packed, pack_kernels
 from jaxformer.compress.quantized import COLLECTION, Quantized, Rule
-from jaxformer.compress.quantizers import Symmetric, Uniform
+from jaxformer.compress.quantizers import Log, Symmetric, Uniform
 from jaxformer.nn.einsum import Einsum
 
 KEY = jax.random.key(0)
 
 
 def rules(of_input, of_kernel, per="channel", per_input="tensor"):
-    return (Rule(r"kernel$", of_kernel, per=per), Rule(r"input$", of_input, per=per_input))
+    return Quantized(
+        (Rule(r"kernel$", of_kernel, per=per), Rule(r"input$", of_input, per=per_input))
+    )
 
 
 class Two(nn.Module):
@@ -28,21 +31,20 @@ class Two(nn.Module):
         return Einsum("...HK,HKD->...D", (5,), use_bias=False, name="down")(y)
 
 
-def model(kind, quantised):
-    return Intercepted(Two(), (kind(quantised),))
+def both(quantised, x, zero):
+    """Rounded floats, and the model of packed kernels with its variables."""
+    floats = Intercepted(Two(), (quantised,))
+    variables = floats.init(KEY, x)
 
+    def fill(path, value):
+        drawn = jax.random.uniform(KEY, value.shape)
+        return 0.05 + 0.02 * drawn if path[-1].key == "scale" else zero + jnp.round(2 * drawn)
 
-def state_of(quantised, x, zero):
-    variables = model(Quantized, quantised).init(KEY, x)
-    filled = jax.tree_util.tree_map_with_path(
-        lambda path, a: (
-            0.02 + 0.01 * jax.random.uniform(KEY, a.shape)
-            if path[-1].key == "scale"
-            else zero + jnp.round(20 * jax.random.uniform(KEY, a.shape))
-        ),
-        variables[COLLECTION],
-    )
-    return {"params": variables["params"], COLLECTION: filled}
+    filled = jax.tree_util.tree_map_with_path(fill, variables[COLLECTION])
+    variables = {"params": variables["params"], COLLECTION: filled}
+    packed = pack_kernels(variables, quantised)
+    assert has_packed(packed["params"])
+    return floats.apply(variables, x), QuantizedModel(Two(), quantised), packed
 
 
 @pytest.mark.parametrize("bits", [3, 8])
@@ -51,13 +53,15 @@ def state_of(quantised, x, zero):
 def test_integers_are_what_rounded_floats_are(bits, kinds, per):
     quantised = rules(*(kind(bits) for kind in kinds), per=per)
     x = jax.random.normal(KEY, (3, 7, 4))
-    variables = state_of(quantised, x, zero=2.0 ** (bits - 1))
-    floats = model(Quantized, quantised).apply(variables, x)
-    integers = model(Integer, quantised).apply(variables, x)
+    floats, model, packed = both(quantised, x, zero=2.0 ** (bits - 1))
     assert float(jnp.abs(floats).max()) > 0
-    np.testing.assert_allclose(integers, floats, rtol=1e-5, atol=1e-6)
-    lowered = jax.jit(model(Integer, quantised).apply).lower(variables, x).as_text()
-    assert lowered.count("i8>) -> tensor") >= 2 and "dot_general" in lowered
+    np.testing.assert_allclose(model.apply(packed, x), floats, rtol=1e-5, atol=1e-6)
+    products = [
+        line
+        for line in jax.jit(model.apply).lower(packed, x).as_text().splitlines()
+        if "dot_general" in line
+    ]
+    assert len(products) == 2 and all(line.count("xi8>") == 2 for line in products)
 
 
 def test_a_zero_point_between_codes_moves_what_is_clipped_by_less_than_a_step():
@@ -71,17 +75,17 @@ def test_a_zero_point_between_codes_moves_what_is_clipped_by_less_than_a_step():
     assert 0 < float(jnp.abs(value - plain).max()) < 0.1
 
 
-def test_what_has_no_integers_is_rounded_floats():
-    uniform = Uniform(4)
-    assert in_integers("...D,DHK->...HK", *rules(uniform, uniform)[::-1])
-    assert not in_integers("...HD,HDK->...HK", *rules(uniform, uniform)[::-1])
-    assert not in_integers("...D,DHK->...HK", None, rules(uniform, uniform)[0])
-    wide = rules(Uniform(9), uniform)
-    assert not in_integers("...D,DHK->...HK", *wide[::-1])
-    quantised = rules(uniform, uniform, per_input="channel")
-    x = jax.random.normal(KEY, (3, 4))
-    variables = state_of(quantised, x, zero=8.0)
-    np.testing.assert_array_equal(
-        model(Integer, quantised).apply(variables, x),
-        model(Quantized, quantised).apply(variables, x),
-    )
+@pytest.mark.parametrize("of_input", [Uniform(9), Log(4), None])
+def test_inputs_without_such_codes_are_floats(of_input):
+    quantised = rules(of_input, Uniform(4))
+    x = jax.random.uniform(KEY, (3, 4))
+    floats, model, packed = both(quantised, x, zero=8.0)
+    np.testing.assert_allclose(model.apply(packed, x), floats, rtol=1e-6, atol=1e-7)
+    assert "xi8>" not in jax.jit(model.apply).lower(packed, x).as_text()
+
+
+def test_which_maps_have_integers():
+    assert in_integers("...D,DHK->...HK", Rule("", Uniform(8)))
+    assert not in_integers("...HD,HDK->...HK", Rule("", Uniform(8)))
+    assert not in_integers("...D,DHK->...HK", Rule("", Uniform(8), per="channel"))
+    assert not in_integers("...D,DHK->...HK", None)

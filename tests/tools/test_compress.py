@@ -52,7 +52,7 @@ def test_a_chain_is_measured_link_by_link(chain):
     assert packed["bytes"] < 0.4 * narrow["bytes"] and packed["MFLOP"] == narrow["MFLOP"]
     assert all(row["ms"] > 0 and 0 <= row["accuracy"] <= 1 for row in rows)
     text = (out / "report.md").read_text()
-    assert "fake quantisation: computed in float32" in text and "pareto.png" in text
+    assert "fake quantisation" in text and "pareto.png" in text
     assert text.count("\n| nvit:0.8") == 2 and (out / "pareto.png").stat().st_size > 1000
 
 
