@@ -106,10 +106,11 @@ class Local:
         self, key: jax.Array, length: int, size: int, valid_BxS: jax.Array | None
     ) -> Windows:
         _one_sequence(self, length, size)
-        spread = self.window if self.spread is None else self.spread
+        window = min(self.window, length)
+        spread = window if self.spread is None else self.spread
         at = jnp.arange(length)
         keys = jnp.argsort(at + spread * jax.random.normal(key, (length,)))
-        keys, queries = (_cut(x, self.window, length) for x in (keys, at))
+        keys, queries = (_cut(x, window, length) for x in (keys, at))
         if self.always:
             first = jnp.broadcast_to(jnp.arange(self.always), (1, keys.shape[1], self.always))
             keys = jnp.concatenate([first, jnp.where(keys < self.always, length, keys)], -1)

@@ -31,6 +31,6 @@ def mixer(trunk: Transformer, model: ConfigDict) -> Make:
 
 
 def variant(trunk: Transformer, length: int) -> Variant:
-    """Training on locally drawn keys, an eighth of the longest sequence, in any plain model."""
-    draw = Local(max(length // 8, 1))
+    """Training on keys drawn in windows of 64, or of an eighth where sequences are shorter."""
+    draw = Local(max(min(length // 8, 64), 1))
     return Variant(Make(SubsampledAttention, **dict(trunk.attention().arguments), draw=draw))
