@@ -42,7 +42,7 @@ def get_config(preset: str) -> ConfigDict:
     }
     config.optim.update(learning_rate=1e-3, warmup_steps=50, weight_decay=0.05, final=0.05)
     config.update({"steps": 400, "batch_size": 64})
-    config.evaluate.batches = 16
+    config.evaluate.batches = 64
     if preset == "tiny":
         config.update({"steps": 40, "batch_size": 8})
         config.model.update({"width": 32, "depth_blocks": 3, "heads": 2, "hidden": 64})
