@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxformer.data.base import Data, Deferred, Epoch, IndexedData, Source, Transform
+from jaxformer.data.base import Data, Deferred, Epoch, IndexedData, Source
 from jaxformer.data.sources.image import ImageFolder, digits
 from jaxformer.data.transforms import Enlarge, Normalize
 from jaxformer.errors import ConfigError
@@ -46,10 +45,8 @@ def classifier(config: ConfigDict) -> Any:
     return dataclasses.replace(port.model, classes=config.data.classes)
 
 
-def images(config: ConfigDict, augment: Sequence[Transform] = ()) -> tuple[Data, Any]:
+def images(config: ConfigDict) -> tuple[Data, Any]:
     """Images to train and to test on: the digits, enlarged, or folders of one's own.
-
-    Those to train on go through `augment`.
 
     Raises:
         ConfigError: digits of another size or number of classes, or no folder where one is read.
@@ -63,7 +60,7 @@ def images(config: ConfigDict, augment: Sequence[Transform] = ()) -> tuple[Data,
                 "a multiple; or name folders in data.train and data.test"
             )
         enlarge = (Enlarge(where.size),)
-        train = IndexedData(digits("train"), rows, config.seed, (*enlarge, *augment))
+        train = IndexedData(digits("train"), rows, config.seed, enlarge)
         return train, Epoch(digits("test"), rows, transforms=enlarge, limit=limit)
     shape = (where.size, where.size, 3)
     row = {"image": (shape, np.float32), "label": ((), np.int32)}
@@ -75,7 +72,7 @@ def images(config: ConfigDict, augment: Sequence[Transform] = ()) -> tuple[Data,
         return ImageFolder(where[name], where.size)
 
     def make_train() -> IndexedData:
-        return IndexedData(source("train"), rows, config.seed, (*augment, *normalize))
+        return IndexedData(source("train"), rows, config.seed, normalize)
 
     def make_test() -> Epoch:
         return Epoch(source("test"), rows, transforms=normalize, limit=limit)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxformer.data.base import Data
-from jaxformer.data.transforms import RandomCrop
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.nn.surgery import pool_key_heads
@@ -37,8 +36,7 @@ def build(config: ConfigDict) -> Recipe:
     epoch = model.epoch or None
     parts = core(model.scheme, model.window, epoch, model.by_batch)
     after = ClassifyTask(grouped(before.model, model.kv_heads, parts))
-    size = config.data.size
-    train, test = vision.images(config, [RandomCrop(size, padding=size // 8)])
+    train, test = vision.images(config)
     further = dataclasses.replace(train, batch_size=config.up_train.batch_size)
 
     def update(task: Task, steps: int, rate_scale: float = 1.0) -> GradientUpdate:
