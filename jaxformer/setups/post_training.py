@@ -49,7 +49,7 @@ def recipe(
         )
     task = ClassifyTask(vision.classifier(config))
     train, test = vision.images(config)
-    few = dataclasses.replace(train, batch_size=count)
+    few, _ = vision.images(config, count)
     update = CalibrationUpdate(task, rules, few, procedure)
     phases = [
         Phase("train", config.steps, train, GradientUpdate.of(task, config)),

@@ -45,13 +45,15 @@ def classifier(config: ConfigDict) -> Any:
     return dataclasses.replace(port.model, classes=config.data.classes)
 
 
-def images(config: ConfigDict) -> tuple[Data, Any]:
+def images(config: ConfigDict, rows: int | None = None) -> tuple[Data, Any]:
     """Images to train and to test on: the digits, enlarged, or folders of one's own.
+
+    Batches have `rows`, by default `config.batch_size`.
 
     Raises:
         ConfigError: digits of another size or number of classes, or no folder where one is read.
     """
-    where, rows = config.data, config.batch_size
+    where, rows = config.data, config.batch_size if rows is None else rows
     limit = config.evaluate.batches or None
     if not where.train:
         if where.size % 8 or where.classes != 10:

@@ -36,8 +36,9 @@ def build(config: ConfigDict) -> Recipe:
     epoch = model.epoch or None
     parts = core(model.scheme, model.window, epoch, model.by_batch)
     after = ClassifyTask(grouped(before.model, model.kv_heads, parts))
-    train, test = vision.images(config)
-    further = dataclasses.replace(train, batch_size=config.up_train.batch_size)
+    train, _ = vision.images(config)
+    # Key-driven groups follow their batch: it has as many images in evaluation as in training.
+    further, test = vision.images(config, config.up_train.batch_size)
 
     def update(task: Task, steps: int, rate_scale: float = 1.0) -> GradientUpdate:
         optim = config.optim.copy_and_resolve_references()
