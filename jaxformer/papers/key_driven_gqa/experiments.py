@@ -58,7 +58,9 @@ def conversion(lab: Lab) -> Findings:
         "multi_head": multi_head,
         "least_drop": min(multi_head - row["converted"] for row in rows),
         "largest_gap": max(multi_head - row[scheme] for row in rows for scheme in SCHEMES),
-        "least_gain": min(row[scheme] - row["gqa"] for row in rows for scheme in KEY_DRIVEN),
+        "least_gain": min(
+            statistics.mean(row[scheme] - row["gqa"] for row in rows) for scheme in KEY_DRIVEN
+        ),
     }
     name = f"Accuracy %, mean of {REPEATS}, of 8 heads {multi_head:.4g}"
     return Findings(values, {name: rows}, [plot(lab, multi_head, rows)])
@@ -106,8 +108,9 @@ CLAIMS = (
         {"at_most": 3.0},
     ),
     claim(
-        "Key-driven heads are then no worse than equal groups (points, the worst mean of KDGQA and "
-        "both forms of DGQA). The paper's gain is of large models on harder images.",
+        "Key-driven heads are then no worse than equal groups (points, mean of 4 and 2 key heads, "
+        "the worst of KDGQA and both forms of DGQA). The paper's gain is of large models on harder "
+        "images.",
         "least_gain",
         "GQA, up-trained alike",
         {"at_least": -2.0},
