@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from jaxformer.config import base
-from jaxformer.setups.fields import image_classifier
+from jaxformer.setups.fields import deit_s, image_classifier
 
 PRESETS = ("tiny", "small", "deit_s")
 
@@ -22,9 +22,7 @@ def get_config(preset: str) -> ConfigDict:
         config.optim.warmup_steps = 5
         config.evaluate.batches = 4
     elif preset == "deit_s":
-        config.model.update({"width": 384, "depth": 12, "heads": 6, "hidden": 1536, "patch": 16})
-        config.data.update({"train": "imagenet/train", "test": "imagenet/val"})
-        config.data.update({"size": 224, "classes": 1000})
+        deit_s(config)
         config.update({"steps": 375_300, "batch_size": 1024})  # 300 epochs
         config.optim.update(learning_rate=1e-3, warmup_steps=6255, weight_decay=0.05)
     return config

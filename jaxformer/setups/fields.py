@@ -30,6 +30,13 @@ def image_classifier(config: ConfigDict) -> None:
     config.fresh = r"(?!)"  # its parameters that begin anew: r"^head/" for other classes
 
 
+def deit_s(config: ConfigDict) -> None:
+    """The sizes of DeiT-S, on folders of ImageNet."""
+    config.model.update({"width": 384, "depth": 12, "heads": 6, "hidden": 1536, "patch": 16})
+    config.data.update({"train": "imagenet/train", "test": "imagenet/val"})
+    config.data.update({"size": 224, "classes": 1000})
+
+
 def post_training(config: ConfigDict, preset: str) -> None:
     """What `jaxformer.setups.post_training` reads; "paper" is DeiT-S, imported, on ImageNet."""
     image_classifier(config)
@@ -47,9 +54,7 @@ def post_training(config: ConfigDict, preset: str) -> None:
         config.calibration.images = 8
         config.evaluate.batches = 4
     elif preset == "paper":
-        config.model.update({"width": 384, "depth": 12, "heads": 6, "hidden": 1536, "patch": 16})
-        config.data.update({"train": "imagenet/train", "test": "imagenet/val"})
-        config.data.update({"size": 224, "classes": 1000})
+        deit_s(config)
         config.outliers.channels = 0
         config.model.dropout = 0.0
         config.update({"steps": 0, "init_from": "runs/deit_small"})
