@@ -108,13 +108,14 @@ def layer_errors(made: Any, state: Any) -> dict[str, float]:
             module = context.module
             ruled = [interceptor.rule(module, name) for name in ("input", "kernel")]
             if all(ruled):
-                x, kernel, bias = args
+                x, kernel, _ = args
                 states = [module.get_variable(COLLECTION, n) for n in ("input", "kernel")]
                 x_hat, k_hat = (
                     rule.quantizer(value, **own)
                     for rule, value, own in zip(ruled, (x, kernel), states, strict=True)
                 )
-                error = method(x_hat, k_hat, bias) - method(x, k_hat, bias)
+                # Not by `method`, which quantises once more.
+                error = jnp.einsum(module.equation, x_hat - x, k_hat)
                 found["/".join(module.path)] = float(jnp.square(error).mean())
         return method(*args, **kwargs)
 
