@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from jaxformer.config import base
-from jaxformer.setups.fields import deit_s, image_classifier
+from jaxformer.setups.fields import deit_s, image_classifier, regularised
 
 PRESETS = ("tiny", "small", "deit_s")
 
@@ -13,14 +13,10 @@ def get_config(preset: str) -> ConfigDict:
     config = base("vit")
     image_classifier(config)
     config.data.size = 16
-    config.model.dropout = 0.1
-    config.update({"steps": 1500, "batch_size": 32})
-    config.optim.update(learning_rate=2e-3, warmup_steps=50, weight_decay=0.1)
+    config.steps = 1500
+    regularised(config, preset)
     if preset == "tiny":
-        config.model.update({"width": 32, "depth": 2, "hidden": 64, "patch": 4, "dropout": 0.0})
-        config.update({"steps": 60, "batch_size": 16})
-        config.optim.warmup_steps = 5
-        config.evaluate.batches = 4
+        config.steps = 60
     elif preset == "deit_s":
         deit_s(config)
         config.update({"steps": 375_300, "batch_size": 1024})  # 300 epochs
