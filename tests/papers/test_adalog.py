@@ -8,14 +8,17 @@ import pytest
 import jaxformer
 from jaxformer.compress.quantizers import GELU_SHIFT, Log, Shifted, Uniform
 from jaxformer.compress.search import row_errors
+from jaxformer.papers.adalog import search
 from jaxformer.papers.adalog.model import AdaLog, R, folded_bias, rules
 from jaxformer.papers.adalog.search import (
+    ROWS,
     fpcs,
     kernel_by_output,
     search_linear,
     search_log_linear,
     search_mix,
     search_scores,
+    some,
     span,
     zeros_of,
 )
@@ -99,6 +102,23 @@ def test_searches_by_output_beat_searches_by_values():
     found = search_linear(quantizer, quantizer, x, kernel)
     assert found["input"]["scale"].shape == (1,)
     assert found["kernel"]["zero"].shape == (6,)
+
+
+def test_a_share_of_many_rows_tells_a_scale(monkeypatch):
+    """Which is what an input's has; the error is that of all rows, against a search over them."""
+    keys = jax.random.split(KEY, 2)
+    x = jax.random.normal(keys[0], (3 * ROWS, 8)) * jnp.linspace(0.2, 3, 8)
+    kernel, quantizer = jax.random.normal(keys[1], (8, 6)), Uniform(3)
+    assert len(some(x)) == len(some(x[:ROWS])) == ROWS
+
+    def error():
+        found = search_linear.__wrapped__(quantizer, quantizer, x, kernel)
+        y = quantizer(x, **found["input"]) @ quantizer(kernel, **found["kernel"])
+        return jnp.square(y - x @ kernel).mean()
+
+    few = error()
+    monkeypatch.setattr(search, "ROWS", len(x))
+    assert few <= 1.01 * error()
 
 
 def test_products_of_attention_have_a_state_for_each_head():
