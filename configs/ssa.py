@@ -19,7 +19,7 @@ def get_config(preset: str) -> ConfigDict:
         "spread": -1.0,  # local: of keys, in positions; -1: the window
         "rate": 0.3,  # dropout: of keys, by example
         "width": 64,
-        "depth": 4,
+        "depth": 3,
         "heads": 4,
         "hidden": 128,
         "mlp": "gelu",
