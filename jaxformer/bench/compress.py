@@ -17,6 +17,7 @@ import jax
 from jaxformer import paths
 from jaxformer.analyze.flops import count
 from jaxformer.bench.clock import Deadline, program, race
+from jaxformer.compress.compressor import ready
 from jaxformer.compress.factored import LINEAR
 from jaxformer.compress.factorize import FactorSpec, size_of
 from jaxformer.compress.matrix import as_matrix
@@ -82,6 +83,8 @@ def times(task: Any, params: Any, batch: Batch, sizes: Sizes) -> list[Row]:
         models[name] = method.task(task, found), own, extra
     factors = factorised(task, params, sizes)
     models[f"dsformer:{RATIO}"] = factors, *jax.jit(factors.init)(jax.random.key(0), batch)
+    stored = {name: nbytes(variables) for name, (_, *variables) in models.items()}
+    models = {name: (model[0], *ready(*model)) for name, model in models.items()}
     calls = {
         name: lambda p, e, b, t=t: t.predict(p, e, b, key=jax.random.key(0))
         for name, (t, _, _) in models.items()
@@ -93,9 +96,9 @@ def times(task: Any, params: Any, batch: Batch, sizes: Sizes) -> list[Row]:
     measured = race(builds, Deadline.after(sizes.seconds))
     dense = measured["dense"].seconds
     rows = []
-    for name, (_, own, extra) in models.items():
+    for name in models:
         one, share = measured[name], flops[name] / flops["dense"]
-        row: Row = {"model": name, "MB": nbytes((own, extra)) / 1e6, "FLOPs": share}
+        row: Row = {"model": name, "MB": stored[name] / 1e6, "FLOPs": share}
         if one.seconds is None or dense is None:
             rows.append({**row, "error": one.error})
             continue

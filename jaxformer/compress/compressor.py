@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxformer.compress.calibration import CalibrationUpdate, opened
 from jaxformer.compress.integer import QuantizedModel
+from jaxformer.compress.intercepted import prepared
 from jaxformer.compress.packed import has_packed, pack_kernels
 from jaxformer.compress.quantized import Quantized
 from jaxformer.data.base import FixedData
@@ -136,6 +137,12 @@ def check_same(task: Any, before: Params, after: Params, extra: Extra, batch: Ba
             "method: would change what this model computes, whose norms do not stand before its "
             "branches alone, or whose maps have no bias; take another method"
         )
+
+
+def ready(task: Any, params: Params, extra: Extra) -> tuple[Params, Extra]:
+    """Variables of a task for many answers (`intercepted.prepared`)."""
+    variables = dict(prepared(task.model, {**extra, "params": params}))
+    return variables.pop("params"), variables
 
 
 def check_fits(task: Task, params: Params, extra: Extra, batch: Batch) -> None:

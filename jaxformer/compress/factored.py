@@ -20,8 +20,10 @@ from jaxformer.compress.factorize import (
     Factors,
     FactorSpec,
     alternate,
+    apply_expanded,
     apply_factors,
     cut,
+    expand,
     factorise,
     low_rank,
     materialise,
@@ -29,6 +31,7 @@ from jaxformer.compress.factorize import (
     rank_for,
     refit,
     sparse,
+    two_products,
 )
 from jaxformer.compress.matrix import PlainMap, as_matrix
 from jaxformer.compress.straight_through import straight_through
@@ -170,11 +173,17 @@ class Factored:
             w = materialise_latent(z, basis, spec.nonzeros, outputs)
             y = x @ w.T.astype(x.dtype)
         else:
-            require_state(module, path, "indices")
             shape = (count, p, spec.nonzeros)
-            indices = module.variable(STATE, "indices", jnp.zeros, shape, jnp.int32).value
             values = module.param("values", normal, shape, jnp.float32)
-            y = apply_factors(Factors(basis, values, indices), x.astype(jnp.float32), outputs)
+            ready = module.variables.get(STATE, {})
+            if "expanded" in ready:
+                y = apply_expanded(basis, ready["expanded"], x.astype(jnp.float32))
+            elif "matrix" in ready:
+                y = x.astype(jnp.float32) @ ready["matrix"].T
+            else:
+                require_state(module, path, "indices")
+                indices = module.variable(STATE, "indices", jnp.zeros, shape, jnp.int32).value
+                y = apply_factors(Factors(basis, values, indices), x.astype(jnp.float32), outputs)
             y = y.astype(x.dtype)
         return finish(module, y)
 
@@ -252,6 +261,23 @@ def factorise_layers(
         many = jax.lax.map(one, (w, keys, rows))
         found |= {path: Factors(*(x[j] for x in many)) for j, path in enumerate(names)}
     return {path: found[path] for path in layers}
+
+
+def prepared_state(params: Any, state: Any, table: Table) -> dict[str, Any]:
+    """The collection `STATE` for many answers: S expanded, or W itself, in place of indices."""
+    named, parts = dict(paths.leaves(state)), paths.leaves(params)
+    for name in [name for name in named if name.endswith("/indices")]:
+        path = name.removesuffix("/indices")
+        factors = Factors(parts[f"{path}/basis"], parts[f"{path}/values"], named[name])
+        spec = table.of(path)
+        if spec is not None and spec.rows is None:  # else it is not known how blocks are placed
+            outputs = factors.values.shape[1]
+            del named[name]
+            if two_products(factors):
+                named[f"{path}/expanded"] = expand(factors, outputs)
+            else:
+                named[f"{path}/matrix"] = materialise(factors, outputs)
+    return paths.nest(named)
 
 
 def state_of(factors: Mapping[str, Factors], *, counted: bool) -> dict[str, Any]:

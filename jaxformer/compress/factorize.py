@@ -62,7 +62,13 @@ class FactorSpec:
 
     @property
     def index_bits(self) -> int:
-        return max(1, math.ceil(math.log2(self.atoms)))
+        """Of a place among all rows of the basis, or in its own group of them."""
+        return max(1, math.ceil(math.log2(self.group or self.atoms)))
+
+    def groups(self) -> jax.Array:
+        """The first place of the group of each of a row's values (s,), if they are in order."""
+        m = self.group or self.atoms
+        return jnp.arange(self.nonzeros) // (self.nonzeros * m // self.atoms) * m
 
 
 class Size(NamedTuple):
@@ -134,20 +140,14 @@ def apply_factors(factors: Factors, x: jax.Array, outputs: int) -> jax.Array:
     its FLOPs: S and D are then two dense products, or S D is one where r (p + q) is no less.
     """
     (count, r, q), p = factors.basis.shape, factors.values.shape[1]
+    if math.prod(x.shape[:-1]) >= MANY:
+        if r * (p + q) >= p * q:
+            return x @ materialise(factors, outputs).T
+        return apply_expanded(factors.basis, expand(factors, outputs), x)
     across = count * p // outputs
-    many = math.prod(x.shape[:-1]) >= MANY
-    if many and r * (p + q) >= p * q:
-        return x @ materialise(factors, outputs).T
     x = x.reshape(*x.shape[:-1], across, q)
     basis = factors.basis.reshape(-1, across, r, q)
     z = jnp.einsum("...cq,dcrq->...dcr", x, basis)
-    if many:
-        dense = jnp.zeros((count, p, r), x.dtype)
-        for j in range(factors.values.shape[-1]):  # a scatter took four times as long on a CPU
-            here = factors.indices[..., j, None] == jnp.arange(r)
-            dense += jnp.where(here, factors.values[..., j, None], 0.0)
-        y = jnp.einsum("...dcr,dcpr->...dp", z, dense.reshape(-1, across, p, r))
-        return y.reshape(*y.shape[:-2], outputs)
     indices = factors.indices.reshape(basis.shape[0], across, p, -1)
     values = factors.values.reshape(indices.shape)
     taken = jnp.take_along_axis(
@@ -155,6 +155,37 @@ def apply_factors(factors: Factors, x: jax.Array, outputs: int) -> jax.Array:
     )
     y = jnp.einsum("...dcps,dcps->...dp", taken, values)
     return y.reshape(*y.shape[:-2], outputs)
+
+
+def two_products(factors: Factors) -> bool:
+    """Whether x D^T S^T takes fewer multiplications than x (S D)^T, with S dense."""
+    (_, r, q), p = factors.basis.shape, factors.values.shape[1]
+    return r * (p + q) < p * q
+
+
+def expand(factors: Factors, outputs: int) -> jax.Array:
+    """S of every row of blocks as one matrix (outputs / p, inputs r / q, p), zeros and all."""
+    (count, r, _), p = factors.basis.shape, factors.values.shape[1]
+    dense = jnp.zeros((count, r, p), factors.values.dtype)
+    for j in range(factors.values.shape[-1]):  # a scatter took four times as long on a CPU
+        here = factors.indices[:, None, :, j] == jnp.arange(r)[:, None]
+        dense += jnp.where(here, factors.values[:, None, :, j], 0.0)
+    return dense.reshape(outputs // p, -1, p)
+
+
+def apply_expanded(basis: jax.Array, expanded: jax.Array, x: jax.Array) -> jax.Array:
+    """The matrix of a basis (blocks, r, q) and an expanded S times x (..., inputs).
+
+    x is brought into slices before D: left to the product, or cut one by one, that took twice as
+    long on a CPU, with the activation before it computed in pieces.
+    """
+    down, _, p = expanded.shape
+    r, q = basis.shape[1:]
+    x_CxNxQ = x.reshape(-1, x.shape[-1] // q, q).swapaxes(0, 1)
+    basis = basis.reshape(down, -1, r, q)
+    z = [jnp.einsum("cnq,crq->cnr", x_CxNxQ, d).swapaxes(0, 1) for d in basis]
+    y = [part.reshape(part.shape[0], -1) @ s for part, s in zip(z, expanded, strict=True)]
+    return jnp.concatenate(y, axis=1).reshape(*x.shape[:-1], down * p)
 
 
 # ------------------------------------------------------------------------------- sparse coding
@@ -296,6 +327,8 @@ def factorise(
 ) -> Factors:
     """Factors of a matrix (outputs, inputs), by alternation from random rows of it.
 
+    Indices are in order in each row.
+
     `weight` (outputs,) is how much each row's error matters, such as its Fisher information.
     `gram` (inputs, inputs), of the layer's inputs, minimises the error of outputs instead of that
     of weights: blocks W_b L of its diagonal blocks L L^T are factorised, and the basis is taken
@@ -333,11 +366,12 @@ def factorise(
     pursued = jax.vmap(lambda w, d: pursue(w, d, spec.nonzeros, spec.group))(blocks, basis)
     start = Factors(basis, *pursued)
     factors = jax.lax.fori_loop(0, rounds, lambda _, f: alternate(blocks, f, spec, weights), start)
-    values = jax.vmap(refit)(blocks, factors.basis, factors.indices)
+    indices = jnp.sort(factors.indices, -1)
+    values = jax.vmap(refit)(blocks, factors.basis, indices)
     basis, values = factors.basis, values * size
     if root is not None:
         basis = jnp.linalg.solve(root.swapaxes(1, 2), basis.swapaxes(1, 2)).swapaxes(1, 2)
-    return Factors(basis, values, factors.indices)
+    return Factors(basis, values, indices)
 
 
 def choose(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.compress.intercepted import Intercepted, Wrapper
-from jaxformer.compress.packed import KERNELS, MOST_BITS, Packed, pack_kernels, unpacked
+from jaxformer.compress.packed import KERNELS, MOST_BITS, Packed, pack_kernels, unpacked, widened
 from jaxformer.compress.quantized import COLLECTION, Quantized, Rule, operands
 from jaxformer.compress.quantizers import Symmetric, Uniform
 from jaxformer.nn.einsum import Axes
@@ -131,6 +131,9 @@ class QuantizedModel(Wrapper):
     def init(self, *args: Any, **kwargs: Any) -> Any:
         made = Intercepted(self.model, (self.rules,)).init(*args, **kwargs)
         return pack_kernels(made, self.rules)
+
+    def prepare(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        return widened(variables)
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         # What is unpacked is on its quantiser's grid already, and where it is not read as floats

@@ -53,6 +53,8 @@ class Codes:
 
     def unpack(self) -> jax.Array:
         """uint8, in the array's own shape."""
+        if self.bits == MOST_BITS:
+            return self.data.reshape(self.shape)
         count = math.prod(self.shape)
         each = jnp.unpackbits(self.data, count=count * self.bits, bitorder="little")
         places = jnp.arange(self.bits, dtype=jnp.uint8)
@@ -91,6 +93,17 @@ def is_packed(leaf: Any) -> bool:
 def unpacked(tree: Any) -> Any:
     """A tree with arrays in the place of packed leaves."""
     return jax.tree.map(lambda x: x.unpack() if is_packed(x) else x, tree, is_leaf=is_packed)
+
+
+def widened(tree: Any) -> Any:
+    """A tree whose codes have a byte each: nothing is left to unpack, and all means the same."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, Packed):
+            return dataclasses.replace(x, codes=one(x.codes))
+        return Codes.of(x.unpack(), MOST_BITS) if isinstance(x, Codes) else x
+
+    return jax.tree.map(one, tree, is_leaf=is_packed)
 
 
 def has_packed(tree: Any) -> bool:

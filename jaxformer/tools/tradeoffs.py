@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jaxformer.analyze.flops import count
 from jaxformer.bench.clock import Deadline, Run, race
 from jaxformer.catalogue import compressor_of
-from jaxformer.compress.compressor import check_fits
+from jaxformer.compress.compressor import check_fits, ready
 from jaxformer.compress.packed import nbytes
 from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.evaluation.report import figure
@@ -67,8 +68,9 @@ class Model:
 def measure(models: Sequence[Model], evaluator: MeanEvaluator, seconds: float) -> list[Row]:
     """A row for each model: metrics, how often it answers as the first does, size, work, time.
 
-    Time is that of a test batch, the models taking turns, for `seconds` at most; "speed" is how
-    many times faster than the first each is. To be called under the mesh of the models.
+    Time is that of a test batch, the models taking turns, for `seconds` at most, what is packed
+    having been unpacked before; "speed" is how many times faster than the first each is. To be
+    called under the mesh of the models.
     """
     context = EvalContext(jax.sharding.get_mesh(), "compress")
     data = evaluator.data
@@ -81,16 +83,18 @@ def measure(models: Sequence[Model], evaluator: MeanEvaluator, seconds: float) -
         row: Row = {"model": model.name}
         row |= dataclasses.replace(evaluator, task=model.task)(state, context)
         likeliest = jax.jit(lambda p, e, b, m=model: m.predict(p, e, b).argmax(-1))
-        programs.append(likeliest.lower(model.params, model.extra, batch).compile())
-        found = answers(programs[-1], model, evaluator)
+        variables = ready(model.task, model.params, model.extra)
+        program = functools.partial(likeliest.lower(*variables, batch).compile(), *variables)
+        programs.append(program)
+        found = answers(program, evaluator)
         first = first or found
-        flops = count(model.predict, model.params, model.extra, batch) / data.batch_size
+        flops = count(model.predict, *variables, batch) / data.batch_size
         row |= {"agreement": agreement(first, found)}
         row |= {"bytes": nbytes((model.params, model.extra)), "MFLOP": flops / 1e6}
         rows.append(row)
     builds = {
-        str(i): lambda p=p, m=m: Run(lambda: p(m.params, m.extra, batch), jax.block_until_ready)
-        for i, (p, m) in enumerate(zip(programs, models, strict=True))
+        str(i): lambda p=program: Run(lambda: p(batch), jax.block_until_ready)
+        for i, program in enumerate(programs)
     }
     times = race(builds, Deadline.after(seconds))
     for i, (row, model) in enumerate(zip(rows, models, strict=True)):
@@ -103,13 +107,13 @@ def measure(models: Sequence[Model], evaluator: MeanEvaluator, seconds: float) -
     return rows
 
 
-def answers(program: Any, model: Model, evaluator: MeanEvaluator) -> list[np.ndarray]:
+def answers(program: Callable[[Batch], Any], evaluator: MeanEvaluator) -> list[np.ndarray]:
     """The likeliest class of each test example (or position), those of no weight left out."""
     data, found = evaluator.data, []
     batches = evaluator.batches if evaluator.batches is not None else len(data)  # type: ignore[arg-type]
     for k in range(batches):
         batch = jax.tree.map(jnp.asarray, on_device(data, data.batch(k)))
-        answer = np.asarray(program(model.params, model.extra, batch))
+        answer = np.asarray(program(batch))
         found.append(answer[np.asarray(batch.get("weight", np.ones(len(answer)))) > 0])
     return found
 

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 
 import jaxformer
+from jaxformer import paths
 from jaxformer.bench.compress import Sizes, bench_compress
 from jaxformer.catalogue import build, compressor_of, compressors
 from jaxformer.cli import main
-from jaxformer.compress.compressor import check_fits
-from jaxformer.compress.packed import Packed, nbytes
+from jaxformer.compress.compressor import check_fits, ready
+from jaxformer.compress.packed import Packed, is_packed, nbytes
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.exams import ImageAccuracy
 from jaxformer.tools.compress import Plan, compress
 from jaxformer.tools.convert import export, import_folder
 from jaxformer.tools.evaluate import evaluate
 from jaxformer.tools.subject import open_subject, run_config
-from jaxformer.tools.tradeoffs import frontier
+from jaxformer.tools.tradeoffs import Model, frontier
 from jaxformer.train.fit import FitOptions, fit
 
 QUICK = {"examples": 8, "seconds": 0.5}
@@ -171,6 +172,7 @@ def test_the_papers_that_offer_a_method():
         ("zero_tprune:1.5", "share of FLOPs that is left, such as 0.65, a number between 0 and 1"),
         ("nvit", "share of FLOPs that is left"),
         ("dsformer:0.5", "how many times smaller"),
+        ("dsformer:4:4", "'4:4' must be of 1 to 3 values in 4"),
     ],
 )
 def test_an_unknown_method_is_named(method, message):
@@ -196,6 +198,33 @@ def test_variables_of_another_model_are_refused(run):
     with pytest.raises(ConfigError, match=r"'more' became \(3,\), the model has nothing"):
         check_fits(task, params, {}, {"image": jnp.ones((1, 16, 16, 1))})
     check_fits(task, subject.state.params, {}, {"image": jax.ShapeDtypeStruct((1, 16, 16, 1), "f")})
+
+
+def test_what_is_unpacked_beforehand_answers_alike(run):
+    """Sparse factors in both forms that they are applied in, then codes of 4 bits."""
+    params = open_subject(run).state.params
+    first = Model("run", build(run_config(run)).task, params, {})
+    image = np.random.default_rng(0).random((2, 16, 16, 1), np.float32)
+    batch = {"image": jnp.asarray(image), "label": jnp.zeros(2, jnp.int32)}
+    for methods in (["dsformer:2.8", "dopq_vit:w4a4"], ["dsformer:2:4"], ["adalog:w4a4"]):
+        model = first.chain(methods, batch)[-1]
+        params, extra = ready(model.task, model.params, model.extra)
+        assert nbytes((params, extra)) > nbytes((model.params, model.extra))
+        wanted = model.predict(model.params, model.extra, batch)
+        np.testing.assert_allclose(model.predict(params, extra, batch), wanted, atol=1e-5)
+
+
+def test_places_in_groups_of_four_are_stored_in_two_bits(run):
+    params = open_subject(run).state.params
+    task, batch = build(run_config(run)).task, {"image": jnp.zeros((1, 16, 16, 1))}
+    found = Model("run", task, params, {}).then("dsformer:2:4", batch)
+    codes = jax.tree.leaves(found.extra["factors"], is_leaf=is_packed)
+    assert codes and all(each.bits == 2 for each in codes)
+    up = paths.leaves(found.params)["encoder/stack/block_0/mlp/up/values"]
+    places = found.extra["factors"]["encoder"]["stack"]["block_0"]["mlp"]["up"]["indices"].unpack()
+    assert places.shape == up.shape
+    pairs = np.asarray(places).reshape(-1, 2)
+    assert (pairs[:, 0] < pairs[:, 1]).all() and places.max() == 3
 
 
 @pytest.mark.slow

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from jaxformer import paths
 from jaxformer.compress.compressor import Facts, check_unpacked, share_of
-from jaxformer.compress.factored import LINEAR, STATE, Table
+from jaxformer.compress.factored import LINEAR, STATE, Table, prepared_state
 from jaxformer.compress.factorize import FactorSpec, choose
 from jaxformer.compress.intercepted import Wrapper
 from jaxformer.compress.matrix import as_matrix
@@ -25,9 +26,13 @@ COLUMNS = (64, 32, 16, 8)  # q: the paper's, or less where it does not divide th
 
 @dataclasses.dataclass(frozen=True)
 class Factorised:
-    """Factors so many times smaller than the layers of blocks, found on the weights alone."""
+    """Factors of the layers of blocks, found on the weights alone.
 
-    ratio: float
+    They are `ratio` times smaller with the best spec of that ratio, or have S of `pattern` (n, m).
+    """
+
+    ratio: float = 0.0
+    pattern: tuple[int, int] | None = None
     note: str = "factorised in one shot, without training after it"
 
     def find(
@@ -44,15 +49,23 @@ class Factorised:
                 if w.ndim != 2:
                     raise ConfigError(f"{path}: layers are stacked; set model.scan=False")
                 spec = specs.get(w.shape) or specs.setdefault(w.shape, self.spec(w, path))
-                rows.append([path, spec.columns, spec.atoms, spec.nonzeros])
+                rows.append([path, spec.columns, spec.atoms, spec.nonzeros, spec.group])
         found = {"factors": rows}
         method = self.method(found)
         params, state = method.enter(params, jax.random.key(0))
         return params, {**extra, STATE: pack_indices(state, method.table)}, found
 
     def spec(self, w: jax.Array, path: str) -> FactorSpec:
-        """The best spec of the ratio for a matrix, of the widest blocks that reach it."""
+        """The best spec of the ratio for a matrix, of the widest blocks that reach it.
+
+        With a pattern r = q / 2, for which that is most of what S saves.
+        """
         *wider, least = [q for q in COLUMNS if w.shape[1] % q == 0] or [1]
+        if self.pattern is not None:
+            (n, m), columns = self.pattern, [*wider, least][0]
+            spec = FactorSpec(columns, columns // 2, columns // 2 * n // m, group=m)
+            spec.check(w.shape[0], w.shape[1], path)
+            return spec
         for columns in wider:
             with contextlib.suppress(ConfigError):
                 return choose(w, self.ratio, columns=columns, name=path)
@@ -60,8 +73,8 @@ class Factorised:
 
     def method(self, found: Facts) -> Method:
         specs = (
-            (rf"^{path}$", FactorSpec(columns, atoms, nonzeros))
-            for path, columns, atoms, nonzeros in found["factors"]
+            (rf"^{path}$", FactorSpec(columns, atoms, nonzeros, group=group))
+            for path, columns, atoms, nonzeros, group in found["factors"]
         )
         return Method("frozen", Table(tuple(specs)))
 
@@ -72,13 +85,24 @@ class Factorised:
 
 
 def pack_indices(state: Any, table: Table) -> dict[str, Any]:
-    """The collection `STATE` with indices of as many bits as the bases have rows."""
+    """The collection `STATE` with indices of as few bits as say where a value is."""
     named = {}
     for name, indices in paths.leaves(state).items():
         spec = table.of(name.rpartition("/")[0])
         assert spec is not None
-        named[name] = Codes.of(indices, spec.index_bits)
+        named[name] = Codes.of(indices - spec.groups(), spec.index_bits)
     return paths.nest(named)
+
+
+def located(variables: Mapping[str, Any], table: Table) -> dict[str, Any]:
+    """Variables with arrays in the place of codes: the inverse."""
+
+    def one(name: str, leaf: jax.Array) -> jax.Array:
+        spec = table.of(name.rpartition("/")[0]) if name.endswith("/indices") else None
+        return leaf if spec is None else leaf + spec.groups()
+
+    found = unpacked(variables)
+    return {**found, STATE: paths.map_named(one, found[STATE])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +115,20 @@ class PackedFactors(Wrapper):
         made = self.model.init(*args, **kwargs)
         return {**made, STATE: pack_indices(made[STATE], self.table)}
 
+    def prepare(self, variables: Mapping[str, Any]) -> Mapping[str, Any]:
+        found = located(variables, self.table)
+        return {**found, STATE: prepared_state(found["params"], found[STATE], self.table)}
+
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.model.apply(unpacked(variables), *args, **kwargs)
+        return self.model.apply(located(variables, self.table), *args, **kwargs)
 
 
 def compressor(argument: str) -> Factorised:
-    """DSFormer's factors, so many times smaller than the layers: "2.8"."""
-    return Factorised(share_of(argument, "how many times smaller, such as 2.8", 1.0, 100.0))
+    """DSFormer's factors, so many times smaller than the layers: "2.8"; or with S "2:4"."""
+    if match := re.fullmatch(r"(\d+):(\d+)", argument):
+        n, m = int(match[1]), int(match[2])
+        if not 1 <= n < m <= min(COLUMNS) // 2:
+            raise ConfigError(f"method: {argument!r} must be of 1 to {m - 1} values in {m}, m <= 4")
+        return Factorised(pattern=(n, m))
+    what = "how many times smaller, such as 2.8, or a pattern such as 2:4"
+    return Factorised(share_of(argument, what, 1.0, 100.0))
