@@ -23,11 +23,13 @@ def get_config(preset: str) -> ConfigDict:
         }
     )
     config.data.size = 16
-    config.multi_head_steps = 2000
+    config.multi_head_steps = 1200
     # Many small batches make more of three epochs; the rate is of that before conversion.
-    config.up_train = {"batch_size": 4, "rate_scale": 1.0}
-    config.optim.update(learning_rate=2e-3, warmup_steps=20, schedule="cosine", clip=1.0)
-    config.update({"steps": 1080, "batch_size": 32})  # three epochs
+    config.up_train = {"batch_size": 8, "rate_scale": 1.0}
+    # Muon with decay: of Adam's models schemes were up to 3.5 points below the multi-head one.
+    config.optim.update(name="muon", learning_rate=5e-3, weight_decay=0.05, clip=1.0)
+    config.optim.update(warmup_steps=20, schedule="cosine")
+    config.update({"steps": 540, "batch_size": 32})  # three epochs
     if preset == "tiny":
         config.update({"steps": 40, "multi_head_steps": 30, "batch_size": 8})
         config.model.update({"width": 32, "depth": 2, "heads": 4, "kv_heads": 2, "hidden": 64})
@@ -46,6 +48,7 @@ def paper(config: ConfigDict) -> None:
     config.model.update({"patch": 16, "pool": "token", "window": 300, "dtype": "bfloat16"})
     config.data.update({"train": "cifar100/train", "test": "cifar100/test"})
     config.data.update({"size": 224, "classes": 100})
-    config.optim.update(learning_rate=1e-5, warmup_steps=0, schedule="constant", clip=0.0)
+    config.optim.update(name="adamw", learning_rate=1e-5, weight_decay=0.0, warmup_steps=0)
+    config.optim.update(schedule="constant", clip=0.0)
     config.update({"multi_head_steps": 0, "steps": 7815, "batch_size": 32})
     config.up_train = {"batch_size": 32, "rate_scale": 1.0}

@@ -121,7 +121,7 @@ def factorised(task: Any, params: Any, sizes: Sizes) -> Any:
             outputs, inputs = as_matrix(name, kernel).shape
             one, none = (size_of(FactorSpec(q, q // 2, s), outputs, inputs).bits for s in (1, 0))
             s = int((outputs * inputs * 32 / RATIO - none) / (one - none))
-            found.append([path, q, q // 2, min(s, q // 2)])
+            found.append([path, q, q // 2, min(s, q // 2), None])
     return dsformer.compressor(str(RATIO)).task(task, {"factors": found})
 
 
