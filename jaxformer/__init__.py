@@ -30,7 +30,7 @@ _WHERE = {
     "restore": "train.states",
     "GradientUpdate": "train.updates",
     "ForwardUpdate": "train.updates",
-    "FlowUpdate": "train.flow",
+    "FlowUpdate": "analyze.gradient_flow",
     "evaluate": "tools.evaluate",
     "watch": "tools.evaluate",
     "Perplexity": "evaluation.exams",
