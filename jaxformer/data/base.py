@@ -33,6 +33,7 @@ __all__ = [
     "FixedData",
     "IndexedData",
     "Numbered",
+    "Repeated",
     "Source",
     "Transform",
     "Undrawn",
@@ -235,6 +236,27 @@ class DeviceData:
         step_key = jax.random.fold_in(jax.random.key(batch["seed"][0]), batch["step"][0])
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.asarray(batch["row"]))
         return self.draw_rows(step_key, row_keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+    """The first batch of `data` at every step: full-batch training on what a generator draws."""
+
+    data: Data
+
+    @property
+    def batch_size(self) -> int:
+        return self.data.batch_size
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        del step
+        return self.data.batch(0, rows)
+
+    def spec(self) -> Batch:
+        return self.data.spec()
+
+    def draw(self, batch: Batch) -> Batch:
+        return self.data.draw(batch) if isinstance(self.data, DrawsOnDevice) else batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,11 +30,16 @@ def causal_linear_self_attention(
 ) -> jax.Array:
     """W^PV E_t E_t^* W^KQ e_t / rho_t in column t, (..., P, L), where E_t is the first t columns.
 
-    Keeps the running sum E_t E_t^* of every t: L D^2 numbers per sequence.
+    By the scores E^* W^KQ E, L^2 numbers per sequence, where these are fewer than L D^2: those of
+    the running sums E_t E_t^*, by which longer sequences go. Measured on a CPU with gradients, 2000
+    complex sequences of D=10, L=19: 26 ms instead of 220.
     """
+    D, L = e_DxL.shape[-2:]
     with jax.default_matmul_precision("highest"):
-        outer_DxDxL = jnp.einsum("...dl,...el->...del", e_DxL, jnp.conj(e_DxL))
-        s_DxDxL = jnp.cumsum(outer_DxDxL, axis=-1)
         query_DxL = w_kq_DxD @ e_DxL
-        read_DxL = jnp.einsum("...del,...el->...dl", s_DxDxL, query_DxL)
+        if L <= D**2:
+            read_DxL = e_DxL @ jnp.triu(jnp.conj(e_DxL).mT @ query_DxL)
+        else:
+            outer_DxDxL = jnp.einsum("...dl,...el->...del", e_DxL, jnp.conj(e_DxL))
+            read_DxL = jnp.einsum("...del,...el->...dl", jnp.cumsum(outer_DxDxL, -1), query_DxL)
         return w_pv_PxD @ read_DxL / rho_L

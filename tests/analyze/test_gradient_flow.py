@@ -75,7 +75,9 @@ def test_flow_says_how_long_it_took(float64):
 
 def test_newton_finds_the_saddle_that_flow_leaves(float64):
     near = {"x": jnp.asarray(0.1), "y": jnp.asarray(0.3)}
-    saddle, minimum = newton(double_well, near), settle(double_well, near, 1e-8, integrator=FINE)
+    saddle = jax.jit(functools.partial(newton, double_well))(near)
+    to_rest = functools.partial(settle, double_well, converged=1e-8, integrator=FINE)
+    minimum = jax.jit(to_rest)(near)
     np.testing.assert_allclose([saddle.params["x"], saddle.params["y"]], 0, atol=1e-9)
     np.testing.assert_allclose([minimum.params["x"], minimum.params["y"]], [1, 0], atol=1e-6)
     assert saddle.gradient_norm < 1e-9 and minimum.gradient_norm <= 1e-8
@@ -113,7 +115,8 @@ def test_the_limit_of_linear_icl_is_a_minimum_on_a_manifold(in_context, float64)
     # u^2 (Gamma Lambda) x Lambda, diagonal here.
     d = 2
     U, u, _ = model.blocks(limit)
-    of_U = hessian(lambda U: model.reduced_loss(U, u, Lambda, N), U)
+    reduced = lambda U: model.reduced_loss(U, u, Lambda, N)
+    of_U = jax.jit(functools.partial(hessian, reduced))(U)
     G = jnp.diagonal(model.gamma(Lambda, N))
     lambdas = jnp.diagonal(Lambda)
     known = u**2 * jnp.outer(G * lambdas, lambdas)
@@ -152,7 +155,7 @@ def test_the_origin_of_linear_icl_is_a_saddle(in_context, float64):
     """Its way out is known: d^2 L = -2 u tr(Lambda^2 U), so +-||Lambda^2||_F."""
     loss, Lambda = in_context
     zero = jax.tree.map(jnp.zeros_like, model.limit(Lambda.astype(float), N))
-    values = spectrum(loss, zero)
+    values = jax.jit(functools.partial(spectrum, loss))(zero)
     out = float(jnp.linalg.norm(Lambda @ Lambda))
     assert values[0] == pytest.approx(-out, rel=1e-6) and values[-1] == pytest.approx(out, rel=1e-6)
 
