@@ -28,6 +28,7 @@ _WHERE = {
     "FitOptions": "train.fit",
     "fit": "train.fit",
     "restore": "train.states",
+    "Sweep": "train.sweep",
     "GradientUpdate": "train.updates",
     "ForwardUpdate": "train.updates",
     "FlowUpdate": "analyze.gradient_flow",
