@@ -14,14 +14,20 @@ __all__ = ["causal_linear_self_attention", "linear_self_attention"]
 
 
 def linear_self_attention(
-    e_DxL: jax.Array, w_pv_PxD: jax.Array, w_kq_DxD: jax.Array, rho: jax.typing.ArrayLike
+    e_DxL: jax.Array,
+    w_pv_PxD: jax.Array,
+    w_kq_DxD: jax.Array,
+    rho: jax.typing.ArrayLike,
+    read_DxM: jax.Array | None = None,
 ) -> jax.Array:
     """W^PV E (E^* W^KQ E) / rho, (..., P, L): every token reads all of them, itself included.
 
-    Associated as W^PV (E E^*) W^KQ E, so linear in L. `e_DxL` may have leading batch axes.
+    Or it reads `read_DxM`, such as the tokens without the query. Associated as W^PV (E E^*) W^KQ E,
+    so linear in L. `e_DxL` may have leading batch axes.
     """
+    read_DxM = e_DxL if read_DxM is None else read_DxM
     with jax.default_matmul_precision("highest"):
-        s_DxD = e_DxL @ jnp.conj(e_DxL).mT
+        s_DxD = read_DxM @ jnp.conj(read_DxM).mT
         return (w_pv_PxD @ s_DxD) @ (w_kq_DxD @ e_DxL) / rho
 
 
