@@ -4,9 +4,9 @@ Tokens are columns e_j = (x_j ; y_j), the last one the query (x_q ; -W_0 x_q). W
 
     W_K = W_Q = diag(I, 0),   W_V = [[0, 0], [W_0, -I]],   P = (eta / N) I
 
-the layer e_j <- e_j + P sum_{i <= N} (W_V e_i) (W_K e_i)^T (W_Q e_j) takes y_j to y_j - dW x_j, where
-dW is the step of rate eta on 1/(2N) sum_i |W x_i - y_i|^2 from W_0. So the query holds minus the
-answer of W_0 + dW, and K such layers take K steps (von Oswald et al., arXiv 2212.07677).
+the layer e_j <- e_j + P sum_{i <= N} (W_V e_i) (W_K e_i)^T (W_Q e_j) takes y_j to y_j - dW x_j,
+where dW is the step of rate eta on 1/(2N) sum_i |W x_i - y_i|^2 from W_0. So the query holds minus
+the answer of W_0 + dW, and K such layers take K steps (von Oswald et al., arXiv 2212.07677).
 """
 
 from __future__ import annotations

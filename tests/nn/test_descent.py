@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxformer.evaluation.few_shot import sensitivity, sparsity
+from jaxformer.evaluation.few_shot import orders, sensitivity, sparsity
 from jaxformer.nn.descent import descent_answer, descent_layer, descent_tokens, descent_weights
 from jaxformer.recipe import ConfigError
 
