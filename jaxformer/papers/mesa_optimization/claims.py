@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from jaxformer.evaluation.claims import Lab
 from jaxformer.evaluation.report import figure
 from jaxformer.papers.mesa_optimization import model
 from jaxformer.recipe import Claim, EvalContext, Findings, Params, Recipe, TrainState
-from jaxformer.train.sweep import Sweep
 
 Array = jax.Array
 
@@ -64,50 +63,36 @@ def exact_flow(lab: Lab) -> Findings:
 
 
 @dataclasses.dataclass
-class Curves:
-    """An evaluator that keeps the product a b of every member of a sweep."""
+class Curve:
+    """An evaluator that keeps the product a b on the way."""
 
     every: int
     steps: list[int] = dataclasses.field(default_factory=list)
-    products: list[Array] = dataclasses.field(default_factory=list)
-    name: str = "curves"
+    products: list[float] = dataclasses.field(default_factory=list)
+    name: str = "curve"
 
     def __call__(self, state: TrainState, context: EvalContext) -> dict[str, float]:
         self.steps.append(int(state.step))
-        self.products.append(jax.vmap(model.product)(state.params))
+        self.products.append(float(model.product(state.params)))
         return {}
 
 
 def gaussian(lab: Lab) -> Findings:
     """Three starts on Gaussian x_1: one product, and a fifth of the truth."""
-    recipe = lab.recipe()
-    law = recipe.config["data"]
+    rows, curves = [], []
+    for a, b in INITS:
+        recipe = lab.recipe(model__a=a, model__b=b)
+        law, curve = recipe.config["data"], Curve(max(recipe.steps // POINTS, 1))
+        params = lab.fit(dataclasses.replace(recipe, evaluators=[curve])).params
+        x = test_sequences(recipe, lab.seed)
+        untrained = scores(model.diagonal(a, b, law["d"]), x)["loss"]
+        rows.append({"a": a, "b": b, "untrained loss": untrained, **scores(params, x)})
+        curves.append(curve)
     of = model.moments("gaussian", law["d"], law["scale"])
     formula = model.limit_product(of, law["T"])
-
-    def make(a: float, b: float) -> Recipe:
-        task, phase = model.Autoregression(a, b), recipe.phases[0]
-        update = dataclasses.replace(phase.update, task=task)
-        return dataclasses.replace(
-            recipe, task=task, phases=[dataclasses.replace(phase, update=update)], evaluators=[]
-        )
-
-    # All at once, on the same sequences.
-    a, b = zip(*INITS, strict=True)
-    sweep = Sweep(make, [0] * len(INITS), {"a": a, "b": b})
-    curves = Curves(max(recipe.steps // POINTS, 1))
-    params = lab.fit(dataclasses.replace(sweep.recipe, evaluators=[curves])).params
-
-    x = test_sequences(recipe, lab.seed)
-    starts = [model.diagonal(*pair, law["d"]) for pair in INITS]
-    ends = [jax.tree.map(lambda w, i=i: w[i], params) for i in range(len(INITS))]
-    rows = [
-        {"(a, b)": str(pair), "untrained loss": scores(start, x)["loss"], **scores(end, x)}
-        for pair, start, end in zip(INITS, starts, ends, strict=True)
-    ]
     drifts = [
-        abs(row["a^2 - b^2"] - (a**2 - b**2)) / (a**2 + b**2)
-        for row, (a, b) in zip(rows, INITS, strict=True)
+        abs(row["a^2 - b^2"] - (row["a"] ** 2 - row["b"] ** 2)) / (row["a"] ** 2 + row["b"] ** 2)
+        for row in rows
     ]
     values = {
         "gaussian_product_error": max(abs(row["product"] / formula - 1) for row in rows),
@@ -116,8 +101,8 @@ def gaussian(lab: Lab) -> Findings:
         "gaussian_ratio_high": max(row["ratio"] for row in rows),
         "gaussian_balance_drift": max(drifts),
     }
-    times = recipe.config["optim"]["learning_rate"] * np.asarray(curves.steps)
-    path = plot_products(lab, times, np.stack(curves.products, axis=1), of, law)
+    rate = recipe.config["optim"]["learning_rate"]
+    path = plot_products(lab, rate, curves, of, law)
     return Findings(values, {f"Gaussian x_1 (closed form {formula:.4f})": rows}, [path])
 
 
@@ -189,23 +174,24 @@ def scores(params: Params, x: Array) -> dict[str, float]:
 
 
 def plot_products(
-    lab: Lab, times: np.ndarray, products: np.ndarray, of: model.Moments, law: Mapping[str, Any]
+    lab: Lab, rate: float, curves: Sequence[Curve], of: model.Moments, law: Mapping[str, Any]
 ) -> Path:
     """The product a b of descent (dots) over the flow of the two numbers (lines)."""
     path = lab.figure("products")
     fig, axes = figure(path)
     axis = axes[0, 0]
-    fine = np.linspace(0, times[-1], 200)
+    fine = rate * np.linspace(0, curves[0].steps[-1], 200)
 
     def loss(at: Mapping[str, Array]) -> Array:
         return model.diagonal_loss(at["a"] * at["b"], of, law["T"], law["d"]) / law["d"]
 
-    for (a, b), product in zip(INITS, products, strict=True):
+    for (a, b), curve in zip(INITS, curves, strict=True):
         start = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
         line = jax.jit(jax.vmap(lambda t, s=start: flow(loss, s, t).params))(fine)
         (drawn,) = axis.plot(fine, line["a"] * line["b"], lw=1)
         label = f"a = {a:g}, b = {b:g}"
-        axis.plot(times, product, "o", color=drawn.get_color(), ms=4, label=label)
+        times = rate * np.asarray(curve.steps)
+        axis.plot(times, curve.products, "o", color=drawn.get_color(), ms=4, label=label)
     axis.axhline(model.limit_product(of, law["T"]), color="grey", ls=":", label="closed form")
     axis.set_yscale("log")
     axis.set_xlabel("learning rate x steps")
