@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.nn.linear_self_attention import causal_linear_self_attention
+from jaxformer.parallel.sharding import constrain
 from jaxformer.recipe import Batch, ConfigError, Extra, LossOutput, Mean, Params
 
 Array = jax.Array
@@ -99,7 +100,7 @@ def harmonic_mean_length(T: int) -> float:
 
 
 def limit_product(of: Moments, T: int) -> float:
-    """A b at the end of the flow: kappa_1 / (kappa_2 + kappa_3 / (T-2) sum 1/(t-1))."""
+    """The product a b at the end of the flow: kappa_1 / (kappa_2 + kappa_3 / (T-2) sum 1/(t-1))."""
     return of.kappa_1 / (of.kappa_2 + of.kappa_3 * harmonic_mean_length(T))
 
 
@@ -144,7 +145,7 @@ def blocks(params: Params) -> tuple[Array, Array]:
 
 
 def product(params: Params) -> Array:
-    """A b: the mean over j of Re W_32[j, j] Re W_12[j, j]."""
+    """The product a b: the mean over j of Re W_32[j, j] Re W_12[j, j]."""
     w_32, w_12 = blocks(params)
     return jnp.mean(jnp.diagonal(w_32).real * jnp.diagonal(w_12).real)
 
@@ -195,8 +196,10 @@ class Autoregression:
         return LossOutput(loss.value(), loss.weight, metrics, extra)
 
     def predict(self, params: Params, extra: Extra, batch: Batch, *, key: Array) -> Array:
-        """Yhat (B, d, T-2), to be compared with x_3 .. x_T."""
-        return predict(*complex_matrices(params), embedding(batch["x"]))
+        """The answers yhat (B, d, T-2), to be compared with x_3 .. x_T."""
+        axes = ("batch", None, None)
+        E = constrain(embedding(constrain(batch["x"], axes)), axes)
+        return constrain(predict(*complex_matrices(params), E), axes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
