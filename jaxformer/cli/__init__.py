@@ -225,7 +225,7 @@ def _paper_verbs(verb: Verb) -> None:
     sub.add_argument("--out", default="results/compare", help="folder of the page and figures")
 
     sub = verb("bench", papers.bench, "measure this machine: ratios within one run")
-    what = ("loop", "attention", "data", "checkpoint", "decode", "compress", "h200")
+    what = ("loop", "sweep", "attention", "data", "checkpoint", "decode", "compress", "h200")
     sub.add_argument("what", choices=what)
     sub.add_argument("--out", help="h200: folder of the results (bench)")
     sub.add_argument("--stage", help="h200: numerics, peak, forward, ... (all)")

@@ -98,6 +98,8 @@ def bench(options: argparse.Namespace, _: Any) -> None:
         from jaxformer.data.bench import bench_data as bench
     elif options.what == "decode":
         from jaxformer.bench.decode import bench_decode as bench
+    elif options.what == "sweep":
+        from jaxformer.train.bench import bench_sweep as bench
     elif options.what == "loop":
         import jax
 

@@ -20,10 +20,12 @@ from jaxformer.recipe import (
     Mean,
     Metrics,
     Params,
+    Recipe,
     Task,
     TrainState,
 )
 from jaxformer.train.states import on_device
+from jaxformer.train.sweep import Sweep
 from jaxformer.train.updates import merge
 
 
@@ -76,6 +78,25 @@ class MeanEvaluator:
             )
         values = {name: float(metric.value()) for name, metric in totals.items()}
         return values | {name: function(values) for name, function in self.derived.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class EachMember:
+    """What `measure(recipe, state)` finds, {name: scalar}, of every member: "<name>/<member>"."""
+
+    sweep: Sweep
+    measure: Callable[[Recipe, TrainState], Mapping[str, jax.Array]]
+    name: str = "members"
+    every: int | Literal["phase_end", "end"] = "end"
+
+    @functools.cached_property
+    def _measure(self) -> Callable[[TrainState], Mapping[str, jax.Array]]:
+        return jax.jit(functools.partial(self.sweep.each, self.measure))
+
+    def __call__(self, state: TrainState, context: EvalContext) -> dict[str, float]:
+        del context
+        found = jax.device_get(self._measure(state))
+        return {f"{name}/{i}": float(x) for name, xs in found.items() for i, x in enumerate(xs)}
 
 
 def select_steps(saved: list[int], which: str) -> list[int]:

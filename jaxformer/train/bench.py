@@ -1,4 +1,4 @@
-"""What the loop and its checkpoints cost: `jaxformer bench loop | checkpoint`."""
+"""What the loop and its checkpoints cost: `jaxformer bench loop | sweep | checkpoint`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from jaxformer.train import optim
 from jaxformer.train.checkpoint import Checkpoints
 from jaxformer.train.fit import FitOptions, fit
 from jaxformer.train.states import abstract_states, enter, initialise, step_function
+from jaxformer.train.sweep import Sweep
 from jaxformer.train.updates import GradientUpdate
 
 
@@ -125,6 +126,30 @@ def bench_loop(repeats: int = 5) -> list[dict[str, Any]]:
                 "fit ms/step": 1e3 * ours,
                 "overhead ms/step": 1e3 * (ours - plain),
                 "fit / bare": ours / plain,
+            }
+        )
+    return rows
+
+
+def bench_sweep(members: int = 32, repeats: int = 3) -> list[dict[str, Any]]:
+    """A sweep of `members` seeds against one of them alone, at three sizes of model; medians."""
+    rows = []
+    for width, depth, batch, steps in ((16, 2, 16, 1000), (32, 2, 32, 600), (64, 2, 64, 100)):
+        make = functools.partial(_recipe, width, depth, batch, steps)
+        sweep = Sweep(make, range(members))
+        alone, together = [], []
+        for _ in range(repeats):
+            with _common_folder() as first, _common_folder() as second:
+                alone.append(_fit_seconds(make(), first))
+                together.append(_fit_seconds(sweep.recipe, second))
+        one, many = statistics.median(alone), statistics.median(together)
+        rows.append(
+            {
+                "width": width,
+                "rows": batch,
+                "one ms/step": 1e3 * one,
+                f"{members} ms/step": 1e3 * many,
+                "sweep / one": many / one,
             }
         )
     return rows

@@ -92,7 +92,7 @@ def test_stream_and_output_are_constrained(config):
         program = jax.make_jaxpr(loss)(state.params, state.extra, data.spec())
     text = str(program)
     model = recipe.config["model"]
-    depths = model["depths"] if "depths" in model else [model["depth"]]
+    depths = model["depths"] if "depths" in model else [model.get("depth", 1)]
     blocks = 1 if model.get("scan") else sum(depths)
     assert text.count("sharding_constraint[") >= blocks + 2
 

@@ -10,18 +10,24 @@ from jaxformer.nn.linear_self_attention import (
     linear_self_attention,
 )
 
-B, D, P, L = 2, 4, 3, 7
+B, D, P = 2, 4, 3
+LONG = D**2 + 1  # by running sums; shorter ones by scores
 
 
-@pytest.fixture(scope="module", params=[np.float64, np.complex128], ids=["real", "complex"])
+@pytest.fixture(
+    scope="module",
+    params=[(np.float64, 7), (np.complex128, 7), (np.complex128, LONG)],
+    ids=["real", "complex", "long"],
+)
 def problem(request):
     rng = np.random.default_rng(0)
+    dtype, length = request.param
 
     def draw(*shape):
         z = rng.normal(size=shape)
-        return z + 1j * rng.normal(size=shape) if request.param is np.complex128 else z
+        return z + 1j * rng.normal(size=shape) if dtype is np.complex128 else z
 
-    return draw(B, D, L), draw(P, D), draw(D, D)
+    return draw(B, D, length), draw(P, D), draw(D, D)
 
 
 def naive(e, w_pv, w_kq, query, keys, rho):
@@ -34,6 +40,7 @@ def test_every_token_reads_all(problem):
     e, w_pv, w_kq = problem
     with jax.enable_x64(True):
         out = jax.jit(linear_self_attention)(e, w_pv, w_kq, 5.0)
+    L = e.shape[-1]
     for b, t in np.ndindex(B, L):
         expected = naive(e[b], w_pv, w_kq, t, range(L), 5.0)
         np.testing.assert_allclose(out[b, :, t], expected, rtol=1e-10)
@@ -41,6 +48,7 @@ def test_every_token_reads_all(problem):
 
 def test_causal_reads_its_prefix(problem):
     e, w_pv, w_kq = problem
+    L = e.shape[-1]
     rho = np.arange(1.0, L + 1)
     with jax.enable_x64(True):
         out = jax.jit(causal_linear_self_attention)(e, w_pv, w_kq, rho)

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import jaxformer
+from jaxformer.analyze.gradient_flow import trajectory
 from jaxformer.data.base import DeviceData
 from jaxformer.data.sources import regression
 from jaxformer.models.transformer import Transformer
 from jaxformer.papers.linear_icl import model
-from jaxformer.papers.linear_icl.measure import against_limit, ridge, trajectory
+from jaxformer.papers.linear_icl.measure import against_limit, ridge
 from jaxformer.papers.linear_icl.transformer import (
     PrefixRegression,
     in_context_transformer,

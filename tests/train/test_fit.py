@@ -12,11 +12,10 @@ import pytest
 
 import jaxformer
 from jaxformer.observe.metrics import read_jsonl
-from jaxformer.recipe import ConfigError, InitFrom, Mean, Phase, Recipe
+from jaxformer.recipe import ConfigError, InitFrom, Mean, Phase
 from jaxformer.train import optim
 from jaxformer.train.checkpoint import Checkpoints
 from jaxformer.train.fit import FitOptions, Interrupted, NonFiniteError, fit
-from jaxformer.train.flow import FlowUpdate, adaptive, euler
 from jaxformer.train.states import restore, restore_averaged
 from jaxformer.train.updates import ForwardUpdate, GradientUpdate
 from tests.train.problem import Regression, draw, optimizer, phase, recipe
@@ -214,31 +213,6 @@ def test_forward_update_folds_into_extra(one_device):
     data = phase("c", 4).data
     peaks = [float(jnp.abs(data.draw(data.batch(k))["x"]).max()) for k in range(4)]
     assert float(state.extra["peak"]) == pytest.approx(max(peaks))
-
-
-@dataclasses.dataclass(frozen=True)
-class Bowl:
-    """loss = (w - 3)^2 / 2, whose flow is w = 3 - 3 exp(-t)."""
-
-    def init(self, key, batch):
-        return {"w": jnp.zeros(())}, {}
-
-    def loss(self, params, extra, batch, *, key, train):
-        from jaxformer.recipe import LossOutput
-
-        value = 0.5 * (params["w"] - 3.0) ** 2
-        return LossOutput(value, jnp.ones(()), {}, extra)
-
-
-def test_gradient_flow_follows_its_solution(one_device):
-    def w(integrator, converged=0.0, steps=4):
-        update = FlowUpdate(Bowl(), 0.5, integrator, converged)
-        return run(Recipe(Bowl(), [Phase("flow", steps, update=update)]), one_device).params["w"]
-
-    assert float(w(adaptive(1e-7, 1e-9))) == pytest.approx(3 - 3 * np.exp(-2.0), abs=2e-6)
-    assert float(w(euler(0.1))) == pytest.approx(3 - 3 * 0.9**20, abs=1e-5)
-    # It stops where |gradient| = |w - 3| has come down to 0.5, and stays there.
-    assert 2.5 <= float(w(adaptive(1e-7, 1e-9), 0.5, steps=20)) < 2.7
 
 
 def test_a_batch_that_does_not_fit_the_mesh_is_named():

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxformer.analyze.gradient_flow import FlowUpdate, adaptive
 from jaxformer.data.base import DeviceData
 from jaxformer.data.sources import regression
 from jaxformer.evaluation.evaluators import MeanEvaluator
@@ -15,7 +16,6 @@ from jaxformer.papers.linear_icl.measure import AgainstLimit
 from jaxformer.papers.linear_icl.model import InContextRegression, PopulationRegression
 from jaxformer.papers.linear_icl.transformer import PrefixRegression, in_context_transformer
 from jaxformer.recipe import Phase, Recipe, Task
-from jaxformer.train.flow import FlowUpdate, adaptive
 from jaxformer.train.updates import GradientUpdate
 
 

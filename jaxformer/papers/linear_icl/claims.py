@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformer.analyze.gradient_flow import FlowUpdate, trajectory
 from jaxformer.data.base import DeviceData
 from jaxformer.data.sources import regression
 from jaxformer.evaluation.claims import Lab
 from jaxformer.evaluation.report import figure
 from jaxformer.papers.linear_icl import model
-from jaxformer.papers.linear_icl.measure import against_limit, ridge, trajectory
+from jaxformer.papers.linear_icl.measure import against_limit, ridge
 from jaxformer.recipe import Batch, Claim, Findings, Params, Predicts
-from jaxformer.train.flow import FlowUpdate
 
 Array = jax.Array
 Answer = Callable[[Batch], Array]  # a batch of prompts -> yhat_q (B,)

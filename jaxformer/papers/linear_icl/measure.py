@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.papers.linear_icl import model
-from jaxformer.recipe import EvalContext, Params, TrainState, Update
+from jaxformer.recipe import EvalContext, Params, TrainState
 
 Array = jax.Array
 
@@ -55,18 +55,3 @@ def ridge(x: Array, y: Array, x_q: Array, penalty: float = 1e-6) -> Array:
     moment = jnp.einsum("bni,bn->bi", x, y)
     w = jnp.linalg.solve(x.mT @ x + penalty * jnp.eye(d), moment[..., None])[..., 0]
     return jnp.einsum("bi,bi->b", x_q, w)
-
-
-def trajectory(update: Update, params: Params, steps: int) -> Params:
-    """The parameters before each of `steps` updates that read no batch, and after the last.
-
-    Every leaf has a new first axis of steps + 1. Pure, so that it can be jitted and vmapped.
-    """
-    zero = jnp.zeros((), jnp.int32)
-    start = update.init(TrainState(zero, params, {}, {}, jax.random.key(0)))
-
-    def step(state: TrainState, _: None) -> tuple[TrainState, Params]:
-        return update(state, {})[0], state.params
-
-    end, path = jax.lax.scan(step, start, length=steps)
-    return jax.tree.map(lambda all, last: jnp.append(all, last[None], 0), path, end.params)
