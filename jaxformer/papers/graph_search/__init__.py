@@ -1,0 +1,1 @@
+"""Transformers struggle to learn to search: graphs, a searcher and its circuits (2412.04703)."""
