@@ -10,14 +10,15 @@ PRESETS = ("tiny", "small", "grok", "paper")
 def get_config(preset: str) -> ConfigDict:
     """Composition; `--config.data.task=comparison` or `complex` are the other tasks.
 
-    "grok" is the card-sized knowledge base for one GPU until well after it has generalised.
+    "grok" has a larger knowledge base and goes on long after the training questions are known: for
+    a GPU.
     """
     config = base("grokked_reasoning")
     config.model = {
-        "width": 128,
+        "width": 64,
         "depth": 2,
         "heads": 4,
-        "hidden": 512,
+        "hidden": 256,
         "repeat": 1,  # how often the layers run, with the same weights
         "dropout": 0.0,
         "scan": False,
@@ -40,8 +41,9 @@ def get_config(preset: str) -> ConfigDict:
         "context": 6,
         "pad_vocab_to": 1,
     }
-    config.optim.update(learning_rate=1e-3, warmup_steps=50, schedule="constant", weight_decay=0.1)
-    config.update({"steps": 3000, "batch_size": 128})
+    config.optim.update(learning_rate=3e-3, warmup_steps=50, schedule="linear", final=0.1)
+    config.optim.weight_decay = 0.3
+    config.update({"steps": 1800, "batch_size": 128})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"width": 32, "heads": 2, "hidden": 64})
@@ -52,7 +54,8 @@ def get_config(preset: str) -> ConfigDict:
         config.update({"steps": 60_000, "batch_size": 512})
         config.data.update({"entities": 200, "relations": 50, "out_degree": 20, "ood": 0.05})
         config.model.update({"depth": 4, "width": 256, "hidden": 1024})
-        config.optim.update(learning_rate=3e-4, warmup_steps=500)
+        config.optim.update(learning_rate=3e-4, warmup_steps=500, schedule="constant")
+        config.optim.weight_decay = 0.1
     elif preset == "paper":
         config.update({"steps": 1_500_000, "batch_size": 512})
         config.model.update({"width": 768, "depth": 8, "heads": 12, "hidden": 3072})
@@ -60,5 +63,6 @@ def get_config(preset: str) -> ConfigDict:
         config.data.update({"entities": 2000, "relations": 200, "out_degree": 20})
         config.data.update({"attributes": 20, "levels": 20, "ood": 0.05, "iid": 0.005})
         config.data.update({"probes": 3000, "context": 10, "pad_vocab_to": 8})
-        config.optim.update(learning_rate=1e-4, warmup_steps=2000)
+        config.optim.update(learning_rate=1e-4, warmup_steps=2000, schedule="constant")
+        config.optim.weight_decay = 0.1
     return config

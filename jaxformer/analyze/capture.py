@@ -96,7 +96,10 @@ def capture(
                 "after swap(model, Fused, Unfused), blocks have paths with model.scan=False"
             )
     found = changed.get(CAPTURED, {})
-    return Run(output, tuple(dict(_values(found, f"site_{i}")) for i in range(len(sites))))
+    values = (dict(_values(found, f"site_{i}")) for i in range(len(sites)))
+    # By the order of the calls: of names alone, block_10 would come before block_2.
+    order = {path: i for i, path in enumerate(passing.order)}
+    return Run(output, tuple({p: v[p] for p in sorted(v, key=order.__getitem__)} for v in values))
 
 
 class _Passing:
@@ -106,6 +109,7 @@ class _Passing:
         self.sites, self.edits = sites, edits
         self.calls: dict[tuple[Any, ...], int] = {}
         self.met: set[Site] = set()
+        self.order: dict[str, None] = {}  # paths, as they were called
 
     def __call__(self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         every = (*self.sites, *(edit.site for edit in self.edits))
@@ -115,6 +119,7 @@ class _Passing:
         call = self.calls[name] = self.calls.get(name, -1) + 1
         here = {site for site in every if site.at(context) and site.call in (None, call)}
         self.met |= here
+        self.order.setdefault(path_of(context.module))
         args = list(args)
         for i in range(len(args)):
             args[i] = self._pass(args[i], i, here, context.module)
