@@ -1,6 +1,7 @@
 """Random directed graphs without cycles, with a start and a goal (sections 3.1 and 3.2).
 
-All of it is made on the device, a graph at a time under `vmap`. Graphs have room for V vertices;
+All of it is made on the device, a graph at a time under `vmap`, from one draw of uniform numbers:
+with a draw for each decision, drawing took 8 s to compile. Graphs have room for V vertices;
 `edge[i, j]` is an edge from i to j. Vertices are numbered as they were made, which the sequences
 hide by giving them ids at random.
 """
@@ -8,7 +9,7 @@ hide by giving them ids at random.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -90,14 +91,26 @@ def lookahead(edge: jax.Array, vertex: jax.Array, child: jax.Array, goal: jax.Ar
     return jax.lax.while_loop(searching, expand, start)[3]
 
 
-def chosen(key: jax.Array, weight: jax.Array, count: jax.Array) -> jax.Array:
-    """(V,): `count` of them, drawn one after another by weight without putting them back.
+def integer(u: jax.Array, low: Any, high: Any) -> jax.Array:
+    """`low` to `high` - 1, of uniform numbers."""
+    count = jnp.maximum(high - low, 1)
+    return low + jnp.minimum(jnp.floor(u * count), count - 1).astype(jnp.int32)
 
-    Those of weight 0 are never drawn.
+
+def places(score: jax.Array) -> jax.Array:
+    """(V,): how many scores are above each; 0 is that of the highest."""
+    ahead = score[None, :] > score[:, None]
+    same = (score[None, :] == score[:, None]) & jnp.tri(len(score), k=-1, dtype=bool)
+    return (ahead | same).sum(1)
+
+
+def chosen(u: jax.Array, weight: jax.Array, count: jax.Array) -> jax.Array:
+    """(V,): `count` of them, as if drawn one after another by weight without putting them back.
+
+    Those of weight 0 are never drawn (Vieira 2014, "Gumbel-max trick and weighted reservoir").
     """
-    score = jnp.log(weight) + jax.random.gumbel(key, weight.shape)
-    place = jnp.argsort(jnp.argsort(-score))
-    return (place < count) & (weight > 0)
+    score = jnp.log(weight) - jnp.log(-jnp.log(jnp.clip(u, 1e-7, 1 - 1e-6)))
+    return (places(score) < count) & (weight > 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +121,14 @@ class Naive:
     max_edges: int | None = None
 
     def __call__(self, key: jax.Array) -> Graph:
-        for_count, for_parents, for_more, for_which, for_ends = jax.random.split(key, 5)
         V = self.vertices
-        count = jax.random.randint(for_count, (), min(3, V - 1), V)
-        more = jax.random.randint(for_parents, (V,), 1, SPREAD)
-        parents = jnp.where(jax.random.bernoulli(for_more, 0.5, (V,)), 1, more)
-        at = jnp.arange(V)
+        u, at = jax.random.uniform(key, (V + 4, V)), jnp.arange(V)
+        count = integer(u[0, 0], min(3, V - 1), V)
+        parents = jnp.where(u[1] < 0.5, 1, integer(u[2], 1, SPREAD))
         before = (at[None, :] < at[:, None]).astype(jnp.float32)
-        keys = jax.random.split(for_which, V)
-        edge = jax.vmap(chosen)(keys, before, parents).T & (at < count)[None, :]
-        ends = jax.random.choice(for_ends, V, (2,), replace=False, p=(at < count - 1) * 1.0)
-        start, goal = ends[0], ends[1]
+        edge = jax.vmap(chosen)(u[4:], before, parents).T & (at < count)[None, :]
+        ends = jnp.where(at < count - 1, u[3], -at - 1.0)
+        start, goal = (jnp.argmax(places(ends) == i) for i in (0, 1))
         kept = reach(edge)[start, goal] & (edge.sum() <= _most(self)) & (count > 2)
         return Graph(edge, start, goal, kept)
 
@@ -152,91 +162,79 @@ class Balanced:
             raise ConfigError(f"only={self.only}: must be in 0 to data.lookahead={self.lookahead}")
 
     def __call__(self, key: jax.Array) -> Graph:
-        for_ahead, for_paths, for_count, for_chains, for_prefix, for_rest, for_way = (
-            jax.random.split(key, 7)
-        )
         V, most = self.vertices, _most(self)
-        ahead = jax.random.randint(for_ahead, (), 0, self.lookahead + 1)
-        ahead = ahead if self.only is None else jnp.asarray(self.only)
-        paths = jnp.where(
-            ahead == 0,
-            1,
-            jax.random.randint(
-                for_paths, (), 2, jnp.maximum(most - 1, 0) // jnp.maximum(ahead, 1) + 1
-            ),
-        )
-        span = ahead * jnp.where(ahead == 0, 1, paths)
-        count = jnp.minimum(span + 1 + jax.random.randint(for_count, (), 0, 6), V)
+        at, zero = jnp.arange(V), jnp.zeros((), jnp.int32)
+        u = jax.random.uniform(key, (V + 1, 2 * V + 4))
+        ahead = integer(u[0, 0], 0, self.lookahead + 1) if self.only is None else zero + self.only
+        most_paths = jnp.maximum((most - 1) // jnp.maximum(ahead, 1), 2)
+        paths = jnp.where(ahead == 0, 1, integer(u[0, 1], 2, most_paths + 1))
+        span = ahead * paths
+        count = jnp.minimum(span + 1 + integer(u[0, 2], 0, 6), V)
         count = jnp.maximum(jnp.minimum(count, most + 1), jnp.maximum(2, 1 + span))
-        parent, made = _chains(for_chains, V, jnp.maximum(ahead, 1), paths, count)
-        at = jnp.arange(V)
+        parent, made = _chains(u[0, 4 : V + 4], jnp.maximum(ahead, 1), paths, count)
         edge = (parent[None, :] == at[:, None]) & (at < made)[None, :] & (at > 0)[None, :]
 
-        room = count - made
+        room = jnp.maximum(count - made, 0)
         limit = room if self.max_prefix is None else jnp.minimum(room, self.max_prefix)
-        prefix = jax.random.randint(for_prefix, (), 0, jnp.maximum(limit, 0) + 1)
+        prefix = integer(u[0, 3], 0, limit + 1)
         before = (at >= made) & (at < made + prefix)
         to = jnp.where(at == made, 0, at - 1)
         edge |= before[:, None] & (to[:, None] == at[None, :])
-        edge = _scatter(for_rest, edge, made + prefix, count)
+        edge = _scatter(u[1:], edge, made + prefix, count)
 
         goal = jnp.maximum(ahead, 1)
-        child = shortest(for_way, edge, jnp.zeros((), jnp.int32), goal)
-        fits = (edge.sum() <= most) & (count <= V) & (1 + span <= V)
-        kept = fits & (lookahead(edge, jnp.zeros((), jnp.int32), child, goal) == ahead)
-        return Graph(edge, jnp.zeros((), jnp.int32), goal, kept)
+        child = shortest(u[0, V + 4 :], edge, zero, goal)
+        fits = (edge.sum() <= most) & (1 + span <= V)
+        return Graph(edge, zero, goal, fits & (lookahead(edge, zero, child, goal) == ahead))
 
 
 def _chains(
-    key: jax.Array, V: int, ahead: jax.Array, paths: jax.Array, count: jax.Array
+    u: jax.Array, ahead: jax.Array, paths: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The parent of each vertex of the chains out of vertex 0, and how many vertices they have.
 
     The first has `ahead` edges, others that many or one more, where there is room.
     """
-    longer = jax.random.randint(key, (V,), 0, 2)
 
     def grow(state: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         chain, place, size, made = state
         fresh = place == size
         room = count - i - (paths - chain - 1) * ahead
-        own = jnp.where(room >= 1, ahead + longer[i], ahead)
+        own = ahead + ((room >= 1) & (u[i] < 0.5))
         chain, size = jnp.where(fresh, chain + 1, chain), jnp.where(fresh, own, size)
-        going = chain < paths
         place = jnp.where(fresh, 1, place + 1)
-        return (chain, place, size, jnp.where(going, i + 1, made)), jnp.where(fresh, 0, i - 1)
+        made = jnp.where(chain < paths, i + 1, made)
+        return (chain, place, size, made), jnp.where(fresh, 0, i - 1)
 
     zero = jnp.zeros((), jnp.int32)
-    (_, _, _, made), parent = jax.lax.scan(grow, (zero, zero, ahead, zero + 1), jnp.arange(1, V))
+    start = (zero, zero, ahead, zero + 1)
+    (_, _, _, made), parent = jax.lax.scan(grow, start, jnp.arange(1, len(u)))
     return jnp.concatenate([jnp.zeros(1, parent.dtype), parent]), made
 
 
-def _scatter(key: jax.Array, edge: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
+def _scatter(u: jax.Array, edge: jax.Array, first: jax.Array, count: jax.Array) -> jax.Array:
     """Vertices `first` to `count`, each with children and parents among those before it.
 
-    The more edges a vertex has, the likelier it is drawn; ancestors of a child make no child.
+    The more edges a vertex has, the likelier it is drawn; what would come after the new vertex is
+    not drawn as its parent. `u` is (V, 2 V + 4).
     """
     V = len(edge)
     at = jnp.arange(V)
 
-    def add(
-        state: tuple[jax.Array, jax.Array], i: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def add(state: tuple[jax.Array, jax.Array], i: jax.Array) -> Any:
         edge, known = state
-        for_children, for_which, for_parents, for_whose = jax.random.split(
-            jax.random.fold_in(key, i), 4
-        )
-        children = jax.random.randint(for_children, (), 0, SPREAD)
-        parents = jax.random.randint(for_parents, (), jnp.where(children == 0, 1, 0), SPREAD)
+        for_child, for_parent, rest = u[i, :V], u[i, V : 2 * V], u[i, 2 * V :]
+        children = integer(rest[0], 0, SPREAD)
+        parents = integer(rest[1], jnp.where(children == 0, 1, 0), SPREAD)
         before = at < i
-        child = chosen(for_which, jnp.where(before, ALPHA + edge.sum(0), 0.0), children)
-        below = (known & child[:, None]).any(0)  # all that would come after this vertex
+        child = chosen(for_child, jnp.where(before, ALPHA + edge.sum(0), 0.0), children)
+        below = (known & child[:, None]).any(0)
         free = before & ~below
-        parent = chosen(for_whose, jnp.where(free, ALPHA + edge.sum(1), 0.0), parents)
-        new = edge | ((at == i)[:, None] & child[None, :]) | (parent[:, None] & (at == i)[None, :])
-        above = (known & parent[None, :]).any(1) | (at == i)
-        reached = below | (at == i)
-        grown = known | (above[:, None] & reached[None, :])
+        parent = chosen(for_parent, jnp.where(free, ALPHA + edge.sum(1), 0.0), parents)
+        own = at == i
+        new = edge | (own[:, None] & child[None, :]) | (parent[:, None] & own[None, :])
+        above = (known & parent[None, :]).any(1) | own
+        grown = known | (above[:, None] & (below | own)[None, :])
         is_new = (i >= first) & (i < count)
         return (jnp.where(is_new, new, edge), jnp.where(is_new, grown, known)), None
 
@@ -244,11 +242,11 @@ def _scatter(key: jax.Array, edge: jax.Array, first: jax.Array, count: jax.Array
     return edge
 
 
-def shortest(key: jax.Array, edge: jax.Array, vertex: jax.Array, goal: jax.Array) -> jax.Array:
-    """A child of a vertex on one of the shortest paths to the goal, at random."""
+def shortest(u: jax.Array, edge: jax.Array, vertex: jax.Array, goal: jax.Array) -> jax.Array:
+    """A child of a vertex on one of the shortest paths to the goal, by uniform numbers (V,)."""
     far = distance(edge, goal)
     right = edge[vertex] & (far == far[vertex] - 1)
-    return jnp.argmax(jnp.where(right, jax.random.uniform(key, right.shape), -1.0))
+    return jnp.argmax(jnp.where(right, u, -1.0))
 
 
 @dataclasses.dataclass(frozen=True)

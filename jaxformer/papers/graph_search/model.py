@@ -167,10 +167,12 @@ def searcher(
 class SearchTask:
     """Cross-entropy of the label at the last position; right is any useful token.
 
-    Batches are {"inputs": (B, n), "label": (B,), "useful": (B, words)} and "weight" (B,) at will.
+    Batches are {"inputs": (B, n), "label": (B,), "useful": (B, words), "difficulty": (B,)}, and
+    "weight" (B,) at will. "accuracy_k" is that of difficulty k, for those up to `difficulties`.
     """
 
     model: nn.Module
+    difficulties: int = -1
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extra]:
         return linen.init(self.model, key, jnp.asarray(batch["inputs"])[:1])
@@ -185,6 +187,9 @@ class SearchTask:
         loss = Mean.of(cross_entropy(last, batch["label"]), weight)
         said = jnp.take_along_axis(batch["useful"], last.argmax(-1)[:, None], -1)[:, 0]
         metrics = {"loss": loss, "accuracy": Mean.of(said, weight)}
+        for k in range(self.difficulties + 1):
+            of_k = (batch["difficulty"] == k) * (1.0 if weight is None else weight)
+            metrics[f"accuracy_{k}"] = Mean.of(said, of_k)
         return LossOutput(loss.value(), loss.weight, metrics, extra)
 
     def predict(self, params: Params, extra: Extra, batch: Batch, *, key: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The recipe of a config: graphs drawn as training goes, tests of every look-ahead."""
+"""The recipe of a config: graphs drawn as training goes, tests of every look-ahead alike."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def build(config: ConfigDict) -> Recipe:
     data = config.data
     tokens = Tokens(data.length)
     require("data.task", data.task, TASKS)
-    task = SearchTask(searcher(words=tokens.words, length=data.length, **config.model))
+    model = searcher(words=tokens.words, length=data.length, **config.model)
+    task = SearchTask(model, data.tested)
     update = GradientUpdate.of(task, config)
 
     def drawn(rows: Any, part: int, size: int = config.batch_size) -> DeviceData:
@@ -48,12 +49,9 @@ def build(config: ConfigDict) -> Recipe:
         )
         for most, start, end in zip(ahead, [0, *steps], steps, strict=False)
     ]
-    every, batches = config.evaluate.every or "end", config.evaluate.batches or 4
-    evaluators = [
-        MeanEvaluator(task, drawn(rows, 1, 128), name, every, batches)
-        for name, rows in tests(data).items()
-    ]
-    return Recipe(task, phases, evaluators)
+    every, batches = config.evaluate.every or "end", config.evaluate.batches or 8
+    test = MeanEvaluator(task, drawn(tests(data), 1, 128), "fresh", every, batches)
+    return Recipe(task, phases, [test])
 
 
 def graphs_of(data: ConfigDict, most: int) -> Graphs:
@@ -92,10 +90,9 @@ def rows_of(data: ConfigDict, most: int, held_out: bool | None = None) -> Callab
     return (DepthFirst if data.task == "depth_first" else SelectionInference)(data.length)
 
 
-def tests(data: ConfigDict) -> dict[str, Callable[..., Any]]:
-    """Searches of every look-ahead up to `data.tested`, whatever is trained on."""
+def tests(data: ConfigDict) -> Callable[..., Any]:
+    """Searches of every look-ahead up to `data.tested` alike, whatever is trained on."""
     if data.task != "search":
-        return {"fresh": rows_of(data, data.lookahead)}
-    vertices = Tokens(data.length).vertices
-    each = {k: Balanced(vertices, data.tested, only=k) for k in range(data.tested + 1)}
-    return {f"lookahead_{k}": Search(g, data.length, held_out=True) for k, g in each.items()}
+        return rows_of(data, data.lookahead)
+    graphs = Balanced(Tokens(data.length).vertices, data.tested)
+    return Search(graphs, data.length, held_out=True)

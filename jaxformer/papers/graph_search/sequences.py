@@ -21,8 +21,10 @@ from jaxformer.papers.graph_search.graphs import (
     Graphs,
     Naive,
     Star,
+    integer,
     largest,
     lookahead,
+    places,
     shortest,
     useful,
 )
@@ -72,14 +74,14 @@ class Said(NamedTuple):
 
 
 def written(
-    key: jax.Array, tokens: Tokens, graph: Graph, ids: jax.Array, said: Said
+    u: jax.Array, tokens: Tokens, graph: Graph, ids: jax.Array, said: Said
 ) -> dict[str, jax.Array]:
-    """A row of a graph whose vertices have `ids` (V',); V' may be less than V."""
-    for_order, for_label = jax.random.split(key)
+    """A row of a graph whose vertices have `ids` (V',); V' may be less than V.
+
+    `u` are uniform numbers (V' V' + V',): for the order of edges, and the label.
+    """
     n, size = tokens.length, len(graph.edge)
-    order = jnp.argsort(
-        jnp.where(graph.edge, jax.random.uniform(for_order, (size, size)), 2).ravel()
-    )
+    order = jnp.argsort(jnp.where(graph.edge.ravel(), u[: size * size], 2.0))
     source, target = (ids[x] for x in jnp.unravel_index(order, (size, size)))
     edges = graph.edge.sum()
     at = jnp.arange(n)
@@ -96,7 +98,7 @@ def written(
     count = 3 * edges + 4 + said.count
     inputs = jnp.roll(jnp.where(at < count, text, tokens.pad), n - count)
     right = jnp.zeros(tokens.words).at[ids].set(said.useful.astype(jnp.float32))
-    label = jnp.argmax(jnp.where(right > 0, jax.random.uniform(for_label, right.shape), -1.0))
+    label = ids[jnp.argmax(jnp.where(said.useful, u[size * size :], -1.0))]
     return {
         "inputs": inputs.astype(jnp.int32),
         "label": label.astype(jnp.int32),
@@ -104,6 +106,22 @@ def written(
         "difficulty": said.difficulty.astype(jnp.int32),
         "kept": graph.kept & (count <= n) & said.useful.any(),
     }
+
+
+def hidden(
+    key: jax.Array, graphs: Graphs, tokens: Tokens, more: int = 0
+) -> tuple[Graph, jax.Array, jax.Array]:
+    """A graph, ids for its vertices (V',), and uniform numbers for what else is to be drawn.
+
+    Those are V' (V' + 2), and with `more` so many times V' beside V' V'.
+    """
+    for_graph, for_rest = jax.random.split(key)
+    graph = graphs(for_graph)
+    size = len(graph.edge)
+    count = tokens.vertices + size * (size + 1) + size * (size + more if more else 1)
+    u = jax.random.uniform(for_rest, (count,))
+    ids = 1 + places(u[: tokens.vertices])[:size]
+    return graph, ids, u[tokens.vertices :]
 
 
 Drawn = Callable[[jax.Array], dict[str, jax.Array]]
@@ -160,17 +178,15 @@ class Search:
 
     def drawn(self, key: jax.Array) -> dict[str, jax.Array]:
         tokens = Tokens(self.length)
-        for_graph, for_ids, for_way, for_row = jax.random.split(key, 4)
-        graph = self.graphs(for_graph)
-        ids = 1 + jax.random.permutation(for_ids, tokens.vertices)[: len(graph.edge)]
-        child = shortest(for_way, graph.edge, graph.start, graph.goal)
+        graph, ids, u = hidden(key, self.graphs, tokens)
+        child = shortest(u[-len(ids) :], graph.edge, graph.start, graph.goal)
         said = Said(
             ids[graph.start][None],
             jnp.ones((), jnp.int32),
             useful(graph.edge, graph.start, graph.goal),
             lookahead(graph.edge, graph.start, child, graph.goal),
         )
-        row = written(for_row, tokens, graph, ids, said)
+        row = written(u[: -len(ids)], tokens, graph, ids, said)
         if self.held_out is not None:
             row["kept"] &= is_held_out(row["inputs"]) == self.held_out
         return row
@@ -232,17 +248,16 @@ class DepthFirst:
 
     def drawn(self, key: jax.Array) -> dict[str, jax.Array]:
         tokens = Tokens(self.length)
-        for_graph, for_ids, for_walk, for_cut, for_row = jax.random.split(key, 5)
-        graph = (self.graphs or Naive(self.room, self.room))(for_graph)
-        size = len(graph.edge)
-        ids = 1 + jax.random.permutation(for_ids, tokens.vertices)[:size]
+        graph, ids, u = hidden(key, self.graphs or Naive(self.room, self.room), tokens, more=2)
+        size = len(ids)
+        u, for_walk = u[: size * size + size], u[size * size + size :].reshape(-1, size)
 
-        def visit(walk: Walk, key: jax.Array) -> tuple[Walk, None]:
+        def visit(walk: Walk, u: jax.Array) -> tuple[Walk, None]:
             fresh = fresh_children(graph.edge, walk.seen)
             latest = jnp.argmax(jnp.where(fresh.any(1), walk.seen, 0))
             options = fresh[latest]
             # A goal in reach is taken at once, and ends the search.
-            score = jax.random.uniform(key, (size,)) + (jnp.arange(size) == graph.goal)
+            score = u + (jnp.arange(size) == graph.goal)
             child = jnp.argmax(jnp.where(options, score, -1.0))
             going = options.any() & (walk.seen[graph.goal] == 0)
             seen = walk.seen.at[child].set(walk.count + 1)
@@ -255,13 +270,13 @@ class DepthFirst:
             jnp.zeros(size, jnp.int32).at[0].set(graph.start),
             jnp.ones((), jnp.int32),
         )
-        walk, _ = jax.lax.scan(visit, start, jax.random.split(for_walk, size))
-        count = jax.random.randint(for_cut, (), 1, jnp.maximum(walk.count, 2))
+        walk, _ = jax.lax.scan(visit, start, for_walk[:size])
+        count = integer(for_walk[size, 0], 1, walk.count)
         seen = jnp.where(walk.seen <= count, walk.seen, 0)
         fresh = fresh_children(graph.edge, seen)
         latest = jnp.argmax(jnp.where(fresh.any(1), seen, 0))
         said = Said(ids[walk.said], count, fresh[latest], count - seen[latest])
-        return written(for_row, tokens, graph, ids, said)
+        return written(u, tokens, graph, ids, said)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,17 +310,17 @@ class SelectionInference:
 
     def drawn(self, key: jax.Array) -> dict[str, jax.Array]:
         tokens = Tokens(self.length)
-        for_graph, for_ids, for_walk, for_cut, for_row = jax.random.split(key, 5)
-        graph = (self.graphs or Naive(self.room, self.room))(for_graph)
-        size = len(graph.edge)
-        ids = 1 + jax.random.permutation(for_ids, tokens.vertices)[:size]
-        steps, which, asked = jax.random.randint(for_cut, (3,), 0, jnp.array([size, size, 2]))
+        graph, ids, u = hidden(key, self.graphs or Naive(self.room, self.room), tokens, more=2)
+        size = len(ids)
+        u, for_walk = u[: size * size + size], u[size * size + size :].reshape(-1, size)
+        steps, inferring = integer(for_walk[size, 0], 0, size), for_walk[size, 1] < 0.5
 
         def step(walk: Walk, at: tuple[jax.Array, jax.Array]) -> tuple[Walk, None]:
-            key, i = at
+            u, i = at
             fresh = fresh_children(graph.edge, walk.seen).at[:, graph.goal].set(False)
-            flat = jnp.where(fresh, jax.random.uniform(key, fresh.shape), -1.0).ravel()
-            source, child = jnp.unravel_index(jnp.argmax(flat), fresh.shape)
+            # A vertex that has new children, then one of them.
+            source = jnp.argmax(jnp.where(fresh.any(1), u, -1.0))
+            child = jnp.argmax(jnp.where(fresh[source], u[::-1], -1.0))
             going = fresh.any() & (i < steps)
             said = walk.said.at[walk.count].set(source).at[walk.count + 1].set(child)
             after = Walk(walk.seen.at[child].set(i + 2), said, walk.count + 2)
@@ -316,16 +331,14 @@ class SelectionInference:
             jnp.zeros(2 * size + 1, jnp.int32),
             jnp.zeros((), jnp.int32),
         )
-        keys = jax.random.split(for_walk, size)
-        walk, _ = jax.lax.scan(step, start, (keys, jnp.arange(size)))
+        walk, _ = jax.lax.scan(step, start, (for_walk[:size], jnp.arange(size)))
         fresh = fresh_children(graph.edge, walk.seen)
         frontier = fresh.any(1)
-        chosen = jnp.argsort(~frontier)[which % jnp.maximum(frontier.sum(), 1)]
-        inferring = asked == 1
+        chosen = jnp.argmax(jnp.where(frontier, for_walk[size + 1], -1.0))
         said = Said(
             ids[jnp.where(inferring, walk.said.at[walk.count].set(chosen), walk.said)],
             walk.count + inferring,
             jnp.where(inferring, fresh[chosen], frontier),
             jnp.where(inferring, fresh[chosen].sum(), frontier.sum()),
         )
-        return written(for_row, tokens, graph, ids, said)
+        return written(u, tokens, graph, ids, said)
