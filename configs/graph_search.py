@@ -31,8 +31,11 @@ def get_config(preset: str) -> ConfigDict:
         "max_prefix": -1,  # vertices in the chain before the start; -1: any
         "curriculum": False,  # look-ahead 1 first, then 2, ...: as many steps for each
     }
-    config.optim.update(learning_rate=1e-3, warmup_steps=50, schedule="constant")
-    config.update({"steps": 3000, "batch_size": 128})
+    # Adam at 1e-3 to 2e-3 was at chance for a look-ahead of 2 after 1000 steps of 64; Muon gets there
+    # in 300 of 128.
+    config.optim.update(name="muon", learning_rate=1e-2, warmup_steps=20)
+    config.optim.update(schedule="linear", final=0.1)
+    config.update({"steps": 800, "batch_size": 128})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"depth": 2, "hidden": 4})
@@ -44,6 +47,6 @@ def get_config(preset: str) -> ConfigDict:
         config.model.depth = 6
         config.data.update({"length": 128, "lookahead": 20, "tested": 20})
         config.optim.update(name="signum", learning_rate=1e-5, warmup_steps=0, clip=0.0)
-        config.optim.weight_decay = 0.1
+        config.optim.update(schedule="constant", weight_decay=0.1)
         config.evaluate.batches = 80
     return config
