@@ -24,9 +24,9 @@ def get_config(preset: str) -> ConfigDict:
     config.data = {
         "task": "search",  # search | depth_first | selection_inference
         "graphs": "balanced",  # balanced | naive | star
-        "length": 26,  # room for (length - 5) // 3 edges, and vertices
-        "lookahead": 3,  # the largest; -1 with naive graphs
-        "tested": 3,  # the largest look-ahead of the tests
+        "length": 23,  # room for (length - 5) // 3 edges, and vertices
+        "lookahead": 2,  # the largest; -1 with naive graphs
+        "tested": 2,  # the largest look-ahead of the tests
         "max_edges": 0,  # 0: as many as there is room for
         "max_prefix": -1,  # vertices in the chain before the start; -1: any
         "curriculum": False,  # look-ahead 1 first, then 2, ...: as many steps for each
@@ -35,7 +35,7 @@ def get_config(preset: str) -> ConfigDict:
     # in 300 of 128.
     config.optim.update(name="muon", learning_rate=1e-2, warmup_steps=20)
     config.optim.update(schedule="linear", final=0.1)
-    config.update({"steps": 800, "batch_size": 128})
+    config.update({"steps": 600, "batch_size": 128})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"depth": 2, "hidden": 4})

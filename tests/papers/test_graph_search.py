@@ -122,20 +122,21 @@ def test_sequences_are_graphs_without_cycles(searches, kind):
 def test_orders_and_ids_are_random(searches):
     starts = searches["balanced"]["inputs"][:, -1]
     assert set(np.unique(starts)) == set(range(1, TOKENS.vertices + 1))
-    again = drawn(Search(GRAPHS["balanced"], N), count=8)
-    np.testing.assert_array_equal(again["inputs"], searches["balanced"]["inputs"][:8])
+    again = drawn(Search(GRAPHS["star"], N))
+    np.testing.assert_array_equal(again["inputs"], searches["star"]["inputs"])
 
 
 def test_held_out_sequences_are_never_drawn(searches):
     inputs = searches["balanced"]["inputs"]
     share = np.asarray(is_held_out(inputs)).mean()
     assert 0.01 < share < 0.2
-    test = drawn(Search(GRAPHS["balanced"], N, held_out=True), count=32)
-    train = drawn(Search(GRAPHS["balanced"], N, held_out=False), count=ROWS)
+    stars = GRAPHS["star"]  # the quickest to compile
+    test = drawn(Search(stars, N, held_out=True), count=32)
+    train = drawn(Search(stars, N, held_out=False), count=ROWS)
     assert np.all(is_held_out(test["inputs"])) and not np.any(is_held_out(train["inputs"]))
 
 
-def test_new_names_for_vertices_rename_the_answers(searches):
+def test_new_names_for_vertices_rename_the_answers():
     """Another permutation of the vertices permutes reachability and what is useful."""
     edge = np.zeros((6, 6), bool)
     for a, b in ((0, 1), (1, 2), (0, 3), (3, 4), (2, 5)):
@@ -148,8 +149,10 @@ def test_new_names_for_vertices_rename_the_answers(searches):
     other = useful(jnp.array(moved), order[0], order[5])
     np.testing.assert_array_equal(other[order], plain)
     np.testing.assert_array_equal(np.flatnonzero(plain), [1])
-    assert lookahead(jnp.array(edge), 0, 1, 5) == 3  # then the other branch has ended
-    assert lookahead(jnp.array(moved), order[0], order[1], order[5]) == 3
+    assert (
+        lookahead(jnp.array(edge), 0, 1, 5) == 2
+    )  # the goal is 3 away, the other branch ends at 2
+    assert lookahead(jnp.array(moved), order[0], order[1], order[5]) == 2
 
 
 def test_traces_of_depth_first_search():
@@ -194,7 +197,7 @@ def test_selection_and_inference():
 
 @pytest.fixture(scope="module")
 def model():
-    net = swap(searcher(words=TOKENS.words, length=N, hidden=4, depth=2), Fused, Unfused)
+    net = swap(searcher(words=TOKENS.words, length=N, hidden=4, depth=1), Fused, Unfused)
     tokens = jnp.zeros((1, N), jnp.int32) + 1
     return net, net.init(jax.random.key(0), tokens)
 
@@ -238,14 +241,18 @@ def test_the_optimiser_is_sophia_without_its_hessian():
     np.testing.assert_allclose(a["v"][0], (1 - 0.01 * 0.1) ** 4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_paths_merged_by_hand(depth):
-    """Right as far ahead as 2^(layers - 1), and on longer searches never sure of a wrong child."""
-    ahead = min(2 ** (depth - 1), 2)
-    rows = drawn(Search(Balanced(TOKENS.vertices, ahead), N))
-    net = PathMerger(N, depth)
-    said = np.asarray(jax.jit(lambda x: net.apply({}, x))(rows["inputs"])[:, -1].argmax(-1))
-    assert np.take_along_axis(rows["useful"], said[:, None], 1).all()
+def test_paths_merged_by_hand():
+    """Right as far ahead as 2^(layers - 1), and not further."""
+    rows = drawn(Search(Balanced(9, 4), 32), count=256)
+    right = {}
+    for depth in (1, 2, 3):
+        net = PathMerger(32, depth)
+        logits = jax.jit(lambda x, net=net: net.apply({}, x))(rows["inputs"])[:, -1]
+        said = np.asarray(logits.argmax(-1))[:, None]
+        right[depth] = np.take_along_axis(rows["useful"], said, 1)[:, 0]
+        near = rows["difficulty"] <= 2 ** (depth - 1)
+        assert right[depth][near].all()
+    assert right[1].mean() < right[2].mean() < right[3].mean() == 1
 
 
 def test_its_circuit_is_explained(searches, model):
@@ -257,7 +264,7 @@ def test_its_circuit_is_explained(searches, model):
         for x, ahead in zip(rows["inputs"], rows["difficulty"], strict=True)
         if ahead == 2 and len({*x.tolist()} & set(range(1, 7))) < 6
     ]
-    for inputs in free[:3]:
+    for inputs in free[:2]:
         circuit = circuits.extract(net, {}, inputs)
         merged = circuits.check(circuit, inputs)
         assert circuit.ops and merged.share == 1.0 and merged.finds
