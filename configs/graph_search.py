@@ -31,8 +31,8 @@ def get_config(preset: str) -> ConfigDict:
         "max_prefix": -1,  # vertices in the chain before the start; -1: any
         "curriculum": False,  # look-ahead 1 first, then 2, ...: as many steps for each
     }
-    # Adam at 1e-3 to 2e-3 was at chance for a look-ahead of 2 after 1000 steps of 64; Muon gets there
-    # in 300 of 128.
+    # For a look-ahead of 2, Adam (2e-3, batches of 64, length 26) was at chance after 1000 steps;
+    # Muon with length 23 was right in 91 % after 300, with length 26 at chance after 400.
     config.optim.update(name="muon", learning_rate=1e-2, warmup_steps=20)
     config.optim.update(schedule="linear", final=0.1)
     config.update({"steps": 600, "batch_size": 128})
