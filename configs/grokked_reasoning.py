@@ -41,9 +41,10 @@ def get_config(preset: str) -> ConfigDict:
         "context": 6,
         "pad_vocab_to": 1,
     }
-    config.optim.update(learning_rate=3e-3, warmup_steps=50, schedule="linear", final=0.1)
+    # The rate does not fall: with one that does, fewer ID questions were right in the end.
+    config.optim.update(learning_rate=3e-3, warmup_steps=50, schedule="constant", final=0.1)
     config.optim.weight_decay = 0.3
-    config.update({"steps": 1800, "batch_size": 128})
+    config.update({"steps": 2400, "batch_size": 128})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"width": 32, "heads": 2, "hidden": 64})

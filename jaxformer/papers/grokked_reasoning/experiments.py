@@ -28,6 +28,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "data__attributes": 1,
         "data__phi": 18.0,
         "optim__weight_decay": 1.0,
+        "optim__schedule": "linear",
         "steps": 900,
     },
 }
