@@ -33,7 +33,7 @@ def base(paper: str) -> ConfigDict:
             # sizes of the mesh axes; -1 takes the devices that are left
             "mesh": {"data": -1, "fsdp": 1, "sequence": 1, "tensor": 1, "expert": 1},
             "optim": {
-                "name": "adamw",  # adamw | lamb | sgd | lion | muon | schedule_free
+                "name": "adamw",  # adamw | lamb | sgd | lion | signum | muon | schedule_free
                 "learning_rate": 1e-3,
                 "schedule": "cosine",  # constant | cosine | linear | rsqrt
                 "warmup_steps": 0,

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.analyze.operations import Product
-from jaxformer.compress.intercepted import fits
 from jaxformer.compress.straight_through import sign_ste
 from jaxformer.nn.attention import Mix, Scores
 from jaxformer.nn.einsum import Axes, Einsum
+from jaxformer.nn.interception import fits
 
 
 def mean_scale(kernel: jax.Array, equation: str) -> jax.Array:

@@ -13,14 +13,8 @@ from flax import linen as nn
 
 from jaxformer import paths
 from jaxformer.errors import ConfigError
+from jaxformer.nn.interception import Interceptor
 from jaxformer.tasks.linen import CALL_ONLY
-
-Interceptor = Callable[[Callable[..., Any], Any, Any, nn.module.InterceptorContext], Any]
-
-
-def fits(pattern: str, module: nn.Module) -> bool:
-    """Whether the path of a module, "encoder/stack/block_0/mlp/up", has a match of `pattern`."""
-    return re.search(pattern, "/".join(module.path)) is not None
 
 
 @dataclasses.dataclass(frozen=True)

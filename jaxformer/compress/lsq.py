@@ -17,9 +17,9 @@ from flax import linen as nn
 
 from jaxformer import paths
 from jaxformer.analyze.operations import MAPS
-from jaxformer.compress.intercepted import fits
 from jaxformer.compress.straight_through import round_ste, scale_gradient, straight_through
 from jaxformer.errors import ConfigError
+from jaxformer.nn.interception import fits
 
 LEAST = 1e-6  # a step is never smaller
 

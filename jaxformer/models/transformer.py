@@ -38,8 +38,9 @@ class Transformer:
     """A plain Transformer trunk by names and numbers; `Transformer(**config.model)`.
 
     `hidden` defaults to 4 x width. `drop_path` grows linearly from 0 at the first block to its
-    value at the last. `scan` runs the blocks as one loop, `remat` names what is computed
-    again backwards (`jaxformer.nn.remat`).
+    value at the last. All blocks run `repeat` times one after another, with the same weights.
+    `scan` runs the blocks as one loop, `remat` names what is computed again backwards
+    (`jaxformer.nn.remat`).
 
     Raises:
         ConfigError: a field has a value that is not allowed, or two fields do not fit.
@@ -58,12 +59,13 @@ class Transformer:
     dropout: float = 0.0
     drop_path: float = 0.0
     layer_scale: float | None = None
+    repeat: int = 1
     scan: bool = False
     remat: str = "none"
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for field in ("width", "depth", "heads"):
+        for field in ("width", "depth", "heads", "repeat"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"model.{field}={getattr(self, field)}: must be at least 1")
         _, head_size = head_sizes(self.width, self.heads, self.kv_heads)
@@ -125,9 +127,10 @@ class Transformer:
             )
             return Make(Block, mixer=mixer, mlp=mlp, residual=residual)
 
+        how = {"remat": self.remat, "repeat": self.repeat}
         if self.scan:
-            return Make(ScannedStack, block=block(0), depth=self.depth, remat=self.remat)
-        return Make(Stack, blocks=tuple(block(i) for i in range(self.depth)), remat=self.remat)
+            return Make(ScannedStack, block=block(0), depth=self.depth, **how)
+        return Make(Stack, blocks=tuple(block(i) for i in range(self.depth)), **how)
 
     def stream_position(self, length: int) -> Make | None:
         """What is added to the embeddings; None where positions act inside attention or not."""

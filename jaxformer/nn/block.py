@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Mask
+from jaxformer.nn.cache import DecodeUnsupported
 from jaxformer.nn.dropout import Dropout
 from jaxformer.nn.make import Make
 from jaxformer.nn.norm import LayerNorm
@@ -174,11 +175,14 @@ class Stack(nn.Module):
     `remat` names what the backward pass computes again (`jaxformer.nn.remat`). All arguments after
     the stream reach every block; of a `PerLayer` each receives its own. `inserts` are modules from
     stream to stream, each before the block of its number; what they are told beside is `between`.
+    The whole runs `repeat` times with the same weights (Dehghani et al. 2018, arXiv 1807.03819),
+    and cannot decode step by step then: its blocks have one cache each.
     """
 
     blocks: tuple[Make, ...]
     remat: str = "none"
     inserts: tuple[tuple[int, Make], ...] = ()
+    repeat: int = 1
 
     @nn.compact
     def __call__(
@@ -188,17 +192,20 @@ class Stack(nn.Module):
         between: Mapping[str, Any] = MappingProxyType({}),
         **kwargs: Any,
     ) -> jax.Array:
-        inserts = dict(self.inserts)
-        for i, block in enumerate(self.blocks):
+        if self.repeat > 1 and kwargs.get("decode"):
+            raise DecodeUnsupported(self)
+        inserts = {i: module(name=f"insert_{i}") for i, module in self.inserts}
+        blocks = [block(name=f"block_{i}") for i, block in enumerate(self.blocks)]
+        for i, block in [*enumerate(blocks)] * self.repeat:
             if i in inserts:
-                x_BxLxD = inserts[i](name=f"insert_{i}")(x_BxLxD, **between)
+                x_BxLxD = inserts[i](x_BxLxD, **between)
             own = {name: x[i] if isinstance(x, PerLayer) else x for name, x in kwargs.items()}
 
             def call(block: nn.Module, x_BxLxD: jax.Array, own: Any = own) -> jax.Array:
                 return block(x_BxLxD, *args, **own)
 
             call = rematerialised(call, self.remat, in_loop=False)
-            x_BxLxD = call(block(name=f"block_{i}"), x_BxLxD)
+            x_BxLxD = call(block, x_BxLxD)
         return x_BxLxD
 
 
@@ -226,9 +233,12 @@ class ScannedStack(nn.Module):
     block: Make
     depth: int
     remat: str = "none"
+    repeat: int = 1
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        if self.repeat > 1 and kwargs.get("decode"):
+            raise DecodeUnsupported(self)
         for name, x in kwargs.items():
             if isinstance(x, PerLayer):
                 if any(other != x[0] for other in x[1:]):
@@ -243,7 +253,10 @@ class ScannedStack(nn.Module):
 
         call = rematerialised(call, self.remat, in_loop=True)
         scan = nn.scan(call, variable_axes={True: 0}, split_rngs={True: True}, length=self.depth)
-        return scan(self.block(name="blocks"), x_BxLxD, None)[0]
+        block = self.block(name="blocks")
+        for _ in range(self.repeat):
+            x_BxLxD, _ = scan(block, x_BxLxD, None)
+        return x_BxLxD
 
 
 def stack_layers(tree: Any) -> Any:

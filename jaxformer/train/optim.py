@@ -126,6 +126,17 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> Factory:
     )
 
 
+def signum(b1: float = 0.965) -> Factory:
+    """Steps along the signs of a running mean of gradients (Bernstein et al. 2018, 1802.04434)."""
+
+    def make(rate: Any, weight_decay: float) -> optax.GradientTransformation:
+        sign = [optax.ema(b1, debias=False), optax.scale_by_sign()]
+        decay = optax.add_decayed_weights(weight_decay, decays)
+        return optax.chain(*sign, decay, optax.scale_by_learning_rate(rate))
+
+    return make
+
+
 def muon(beta: float = 0.95, rules: Sequence[Rule] = PARAMETER_RULES) -> Factory:
     """Muon for linear maps, Adam for the rest, updates scaled to Adam's size (0.2 RMS)."""
     return lambda rate, weight_decay: optax.contrib.muon(
@@ -243,6 +254,7 @@ FACTORIES: dict[str, Callable[..., Factory]] = {
     "lamb": lamb,
     "sgd": sgd,
     "lion": lion,
+    "signum": signum,
     "muon": muon,
     "schedule_free": schedule_free,
 }

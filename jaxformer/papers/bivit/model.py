@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxformer.compress.binary import BinaryEinsum, BinaryOperands
-from jaxformer.compress.intercepted import Intercepted, fits
+from jaxformer.compress.intercepted import Intercepted
 from jaxformer.compress.straight_through import straight_through
 from jaxformer.errors import ConfigError
 from jaxformer.models.transformer import require
 from jaxformer.nn.attention import Fused, Softmax, Unfused
+from jaxformer.nn.interception import fits
 from jaxformer.nn.make import swap
 
 ATTENTION = r"(^|/)mixer/"  # the modules of attention, windowed or not
