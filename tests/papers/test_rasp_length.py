@@ -231,7 +231,7 @@ def test_mode_is_unique_and_its_scratchpad_counts(name):
 def test_addition_is_right_with_one_run_of_carries(name):
     runs = []
     for question, answer, length in questions_and_answers(name):
-        digits = [x for x in question + answer if 0 <= x]
+        digits = [x for x in question + answer if x >= 0]
         size = length + 1
         a, b, total = digits[:size], digits[size : 2 * size], digits[2 * size :]
         total = total if name == "addition, forward" else total[::-1]

@@ -52,12 +52,12 @@ def indices(x: Array) -> Array:
 
 
 def tok_map(x: Array, f: Callable[[Array], Array]) -> Array:
-    """f of each entry, as an integer."""
+    """Apply f to each entry, to integers."""
     return integers(f(x))
 
 
 def seq_map(x: Array, y: Array, f: Callable[[Array, Array], Array]) -> Array:
-    """f of the entries of two sequences, as an integer."""
+    """Apply f to the entries of two sequences, to integers."""
     return integers(f(x, y))
 
 

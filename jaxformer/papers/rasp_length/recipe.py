@@ -1,4 +1,4 @@
-"""The recipe of a config: a decoder on packed examples of short lengths, asked about longer ones."""
+"""The recipe of a config: a decoder trained on packed short examples, asked about longer ones."""
 
 from __future__ import annotations
 
