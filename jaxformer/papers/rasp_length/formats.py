@@ -212,10 +212,11 @@ class ParityWithHints(Symbols):
 class And(Symbols):
     """START x > (1 if all bits of x are, else 0) END.
 
-    In half of the examples there are zeros, all of them between the fractions `zeros` of x.
+    A `share` of the examples has zeros, all of them between the fractions `zeros` of x.
     """
 
     zeros: tuple[float, float] = (0.0, 1.0)
+    share: float = 0.5
 
     def room(self, length: int) -> int:
         return length + 4
@@ -226,7 +227,7 @@ class And(Symbols):
         at = jnp.arange(longest)
         region = (at >= low) & (at < high)
         count = jax.random.randint(for_count, (), 1, jnp.maximum(high - low, 1) + 1)
-        count = jnp.where(jax.random.bernoulli(for_which), count, 0)
+        count = jnp.where(jax.random.bernoulli(for_which, self.share), count, 0)
         rank = jnp.where(region, jax.random.uniform(for_order, (longest,)), 2.0)
         bits = 1 - ((jnp.argsort(jnp.argsort(rank)) < count) & region).astype(jnp.int32)
         every = jnp.where(at < length, bits, 1).min()
