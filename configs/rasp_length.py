@@ -36,7 +36,7 @@ def get_config(preset: str) -> ConfigDict:
         "lengths": (20, 30, 40),  # to evaluate at
         "row": 48,  # tokens of a training row, and positions that there are
         "shift": True,  # rows begin anywhere in an example
-        "reset": False,  # keep packed examples from seeing each other
+        "reset": True,  # keep packed examples from seeing each other
         "test_rows": 128,
     }
     config.optim.update(learning_rate=1e-2, warmup_steps=50, name="muon")

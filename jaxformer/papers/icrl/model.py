@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxformer.errors import ConfigError
 from jaxformer.kernels.attention import Causal
 from jaxformer.models.encoder import Encoder
 from jaxformer.models.transformer import Transformer, require
-from jaxformer.nn.einsum import Einsum
+from jaxformer.nn.einsum import Einsum, fan_in_normal
 from jaxformer.nn.make import Make
 from jaxformer.nn.relu_attention import ReLUAttention
 from jaxformer.parallel.sharding import constrain
@@ -31,6 +32,7 @@ from jaxformer.tasks import linen
 from jaxformer.tasks.losses import cross_entropy, is_correct
 
 Array = jax.Array
+EMBED = "...F,FD->...D"
 
 
 def tokens(arms: Array, actions: Array, rewards: Array) -> Array:
@@ -83,10 +85,28 @@ def softmax_trunk(
     return Transformer(width, depth, heads, mlp="gelu_tanh", **options), None
 
 
+@dataclasses.dataclass(frozen=True)
+class SmallPosition:
+    """Initial weights of the embedding whose last input, the number of a token, counts as up to 1.
+
+    As large as the numbers are, what was done and its reward would be a hundredth of the stream.
+    """
+
+    positions: int
+
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        kernel = fan_in_normal(EMBED)(key, shape, dtype)
+        return kernel.at[-1].divide(self.positions)
+
+
 def bandit_transformer(trunk: Transformer, mixer: Make | None, positions: int) -> BanditTransformer:
     """A decoder of histories of at most `positions` tokens, two to a step."""
     embed = Make(
-        Einsum, equation="...F,FD->...D", features=(trunk.width,), dtype=trunk.compute_dtype
+        Einsum,
+        equation=EMBED,
+        features=(trunk.width,),
+        dtype=trunk.compute_dtype,
+        kernel_init=SmallPosition(positions),
     )
     decoder = Make(
         Encoder,

@@ -24,10 +24,10 @@ from jaxformer.recipe import Claim, EvalContext, Findings, TrainState
 # first of those that are measured.
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "count": {"longest": 20, "lengths": (20, 25, 30, 40)},
-    "unique_copy": {"longest": 15, "lengths": (15, 20, 25)},
-    "repeat_copy": {"longest": 15, "lengths": (15, 20, 25)},
+    "unique_copy": {"longest": 15, "lengths": (15, 20, 25), "row": 56},
+    "repeat_copy": {"longest": 15, "lengths": (15, 20, 25), "row": 56},
     "parity": {"longest": 12, "lengths": (12, 15, 18)},
-    "parity_with_hints": {"longest": 12, "lengths": (12, 15, 18)},
+    "parity_with_hints": {"longest": 12, "lengths": (12, 15, 18), "row": 80},
 }
 
 
