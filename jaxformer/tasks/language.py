@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxformer.errors import ConfigError
+from jaxformer.kernels.attention import Causal, Segments
 from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Params
 from jaxformer.tasks import linen
 from jaxformer.tasks.losses import cross_entropy, is_correct
@@ -30,8 +31,8 @@ class LanguageTask:
     """Next-token cross-entropy of `model`, which maps tokens (B, L) to logits (B, L, V).
 
     Batches are {"tokens": (B, L + 1) int32} and optionally {"weight": (B,) or (B, L)}, the weight
-    of each predicted token. A `Task` that also `Predicts` and `Generates`; prompts given as text
-    need the `tokenizer`.
+    of each predicted token. With {"segment": (B, L + 1)} tokens look at those of their own segment
+    only. A `Task` that also `Predicts` and `Generates`; prompts given as text need the `tokenizer`.
     """
 
     model: nn.Module
@@ -45,8 +46,9 @@ class LanguageTask:
     ) -> LossOutput:
         tokens = jnp.asarray(batch["tokens"])
         inputs_BxL, targets_BxL = tokens[:, :-1], tokens[:, 1:]
+        options = _own_segment(batch)
         logits_BxLxV, extra = linen.apply(
-            self.model, params, extra, inputs_BxL, key=key, train=train
+            self.model, params, extra, inputs_BxL, key=key, train=train, **options
         )
         weight = jnp.asarray(batch.get("weight", 1.0))
         weight = weight[:, None] if weight.ndim == 1 else weight
@@ -57,7 +59,8 @@ class LanguageTask:
     def predict(self, params: Params, extra: Extra, batch: Batch, *, key: jax.Array) -> jax.Array:
         """Logits (B, L, V) of the tokens after each of the first L."""
         inputs_BxL = jnp.asarray(batch["tokens"])[:, :-1]
-        return linen.apply(self.model, params, extra, inputs_BxL, key=key, train=False)[0]
+        options = {"key": key, "train": False, **_own_segment(batch)}
+        return linen.apply(self.model, params, extra, inputs_BxL, **options)[0]
 
     def encode(self, text: str) -> list[int]:
         return [int(token) for token in named_tokenizer(self).encode(text)]
@@ -74,6 +77,14 @@ class LanguageTask:
     ) -> tuple[jax.Array, Any]:
         logits_BxLxV, state = linen.decode(self.model, params, extra, state, tokens)
         return logits_BxLxV[:, -1], state
+
+
+def _own_segment(batch: Batch) -> dict[str, Any]:
+    """The mask that keeps packed examples apart, where a batch has them."""
+    if "segment" not in batch:
+        return {}
+    segment_BxL = jnp.asarray(batch["segment"])[:, :-1]
+    return {"mask": Causal() & Segments(segment_BxL, segment_BxL)}
 
 
 def named_tokenizer(task: Any) -> Tokenizer:
