@@ -19,7 +19,7 @@ from jaxformer.analyze.flops import count
 from jaxformer.bench.clock import Deadline, program, race
 from jaxformer.compress.compressor import ready
 from jaxformer.compress.factored import LINEAR
-from jaxformer.compress.factorize import FactorSpec, size_of
+from jaxformer.compress.factors import FactorSpec, size_of
 from jaxformer.compress.matrix import as_matrix
 from jaxformer.compress.packed import nbytes
 from jaxformer.models.transformer import Transformer

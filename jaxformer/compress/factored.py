@@ -16,20 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer import paths
-from jaxformer.compress.factorize import (
+from jaxformer.compress.factorize import alternate, factorise, low_rank, rank_for, refit
+from jaxformer.compress.factors import (
     Factors,
     FactorSpec,
-    alternate,
     apply_expanded,
     apply_factors,
     cut,
     expand,
-    factorise,
-    low_rank,
     materialise,
     paste,
-    rank_for,
-    refit,
     sparse,
     two_products,
 )

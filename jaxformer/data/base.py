@@ -33,11 +33,9 @@ __all__ = [
     "FixedData",
     "IndexedData",
     "Numbered",
-    "Repeated",
     "ShuffledArrays",
     "Source",
     "Transform",
-    "Undrawn",
     "prefetch",
 ]
 
@@ -136,9 +134,8 @@ class ShuffledArrays:
         return order
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        count = len(Arrays(self.arrays))
         index = step * self.batch_size + np.arange(self.batch_size)[rows]
-        epochs, places = np.divmod(index, count)
+        epochs, places = np.divmod(index, len(Arrays(self.arrays)))
         chosen = np.empty_like(places)
         for epoch in np.unique(epochs):
             chosen[epochs == epoch] = self._order(int(epoch))[places[epochs == epoch]]
@@ -277,44 +274,6 @@ class DeviceData:
         step_key = jax.random.fold_in(jax.random.key(batch["seed"][0]), batch["step"][0])
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, jnp.asarray(batch["row"]))
         return self.draw_rows(step_key, row_keys)
-
-
-@dataclasses.dataclass(frozen=True)
-class Repeated:
-    """The first batch of `data` at every step: full-batch training on what a generator draws."""
-
-    data: Data
-
-    @property
-    def batch_size(self) -> int:
-        return self.data.batch_size
-
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        del step
-        return self.data.batch(0, rows)
-
-    def spec(self) -> Batch:
-        return self.data.spec()
-
-    def draw(self, batch: Batch) -> Batch:
-        return self.data.draw(batch) if isinstance(self.data, DrawsOnDevice) else batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Undrawn:
-    """`data` as it leaves the host: an update draws what `data` would draw on the device."""
-
-    data: Data
-
-    @property
-    def batch_size(self) -> int:
-        return self.data.batch_size
-
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        return self.data.batch(step, rows)
-
-    def spec(self) -> Batch:
-        return self.data.spec()
 
 
 @dataclasses.dataclass(frozen=True)

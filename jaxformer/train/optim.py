@@ -126,15 +126,9 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> Factory:
     )
 
 
-def signum(b1: float = 0.965) -> Factory:
+def signum(beta: float = 0.965) -> Factory:
     """Steps along the signs of a running mean of gradients (Bernstein et al. 2018, 1802.04434)."""
-
-    def make(rate: Any, weight_decay: float) -> optax.GradientTransformation:
-        sign = [optax.ema(b1, debias=False), optax.scale_by_sign()]
-        decay = optax.add_decayed_weights(weight_decay, decays)
-        return optax.chain(*sign, decay, optax.scale_by_learning_rate(rate))
-
-    return make
+    return lion(beta, beta)
 
 
 def muon(beta: float = 0.95, rules: Sequence[Rule] = PARAMETER_RULES) -> Factory:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer import paths
-from jaxformer.data.base import Undrawn
+from jaxformer.data.wrappers import Undrawn
 from jaxformer.recipe import (
     Batch,
     ConfigError,

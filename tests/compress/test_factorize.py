@@ -10,21 +10,23 @@ from sklearn.linear_model import orthogonal_mp
 
 from jaxformer.compress import factorize
 from jaxformer.compress.factorize import (
-    MANY,
-    Factors,
-    FactorSpec,
     alternate,
-    apply_factors,
     choose,
-    cut,
     factorise,
     low_rank,
-    materialise,
-    paste,
-    product,
     pursue,
     rank_for,
     refit,
+)
+from jaxformer.compress.factors import (
+    MANY,
+    Factors,
+    FactorSpec,
+    apply_factors,
+    cut,
+    materialise,
+    paste,
+    product,
     size_of,
     sparse,
 )

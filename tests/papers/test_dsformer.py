@@ -12,7 +12,7 @@ import jaxformer
 from jaxformer import paths
 from jaxformer.compress import factored
 from jaxformer.compress.factored import STATE, Factored, StraightThrough, Table
-from jaxformer.compress.factorize import FactorSpec, cut, size_of
+from jaxformer.compress.factors import FactorSpec, cut, size_of
 from jaxformer.compress.intercepted import Intercepted
 from jaxformer.compress.matrix import from_matrix
 from jaxformer.models.encoder import token_classifier

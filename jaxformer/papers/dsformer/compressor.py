@@ -13,7 +13,8 @@ import jax
 from jaxformer import paths
 from jaxformer.compress.compressor import Facts, check_unpacked, share_of
 from jaxformer.compress.factored import LINEAR, STATE, Table, prepared_state
-from jaxformer.compress.factorize import FactorSpec, choose
+from jaxformer.compress.factorize import choose
+from jaxformer.compress.factors import FactorSpec
 from jaxformer.compress.intercepted import Wrapper
 from jaxformer.compress.matrix import as_matrix
 from jaxformer.compress.packed import Codes, unpacked

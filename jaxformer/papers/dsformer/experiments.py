@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxformer import paths
 from jaxformer.compress.factored import STATE
-from jaxformer.compress.factorize import FactorSpec, factorise, low_rank, materialise
+from jaxformer.compress.factorize import factorise, low_rank
+from jaxformer.compress.factors import FactorSpec, materialise
 from jaxformer.evaluation.claims import Lab
 from jaxformer.evaluation.report import figure
 from jaxformer.papers.dsformer.model import ratios

@@ -29,7 +29,8 @@ from jaxformer.compress.factored import (
     with_latents,
     with_low_rank,
 )
-from jaxformer.compress.factorize import Factors, FactorSpec, Size, cut, rank_for, refit, size_of
+from jaxformer.compress.factorize import rank_for, refit
+from jaxformer.compress.factors import Factors, FactorSpec, Size, cut, size_of
 from jaxformer.compress.intercepted import Intercepted
 from jaxformer.errors import ConfigError
 from jaxformer.recipe import Batch, Extra, LossOutput, Params, Task

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from jaxformer.analyze.gradient_flow import FlowUpdate, adaptive
-from jaxformer.data.base import DeviceData, Repeated
+from jaxformer.data.base import DeviceData
 from jaxformer.data.sources import rotations
+from jaxformer.data.wrappers import Repeated
 from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.models.transformer import require
 from jaxformer.papers.mesa_optimization.claims import CLAIMS as CLAIMS
