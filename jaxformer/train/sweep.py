@@ -37,9 +37,8 @@ class Sweep:
 
     Member i is `fit(make(**setting), options=FitOptions(seed=seeds[i]))`, its setting being the
     i-th of each of `settings`, which `make` receives traced. Data that draws on the device does so
-    for each member, the member's seed added to its own; other batches are shared. Parameters,
-    extra variables and the optimiser's state have a first axis of members. The seed of `fit`
-    changes nothing.
+    for each member, the member's seed added to its own; other batches are shared. All of the state
+    but step and key has a first axis of members. The seed of `fit` changes nothing.
     """
 
     make: Callable[..., Recipe]
@@ -80,22 +79,23 @@ class Sweep:
         """`function(recipe, state, *mapped)` of every member; all have a first axis of members."""
 
         def one(seed: jax.Array, setting: Mapping[str, jax.Array], parts: Any, rest: Any) -> Any:
-            params, extra, opt_state = parts
-            alone = TrainState(state.step, params, extra, opt_state, jax.random.key(seed))
+            alone = TrainState(step=state.step, key=jax.random.key(seed), **parts)
             return function(self.make(**setting), alone, *rest)
 
         settings = {name: jnp.asarray(values) for name, values in self.settings.items()}
-        parts = state.params, state.extra, state.opt_state
-        return jax.vmap(one)(jnp.asarray(self.seeds, jnp.uint32), settings, parts, mapped)
+        return jax.vmap(one)(jnp.asarray(self.seeds, jnp.uint32), settings, _parts(state), mapped)
 
     def member(self, state: TrainState, index: int) -> TrainState:
         """The state of one member, as its own run leaves it."""
-        parts = state.params, state.extra, state.opt_state
-        params, extra, opt_state = jax.tree.map(lambda x: x[index], parts)
-        return TrainState(state.step, params, extra, opt_state, jax.random.key(self.seeds[index]))
+        own = jax.tree.map(lambda x: x[index], _parts(state))
+        return TrainState(step=state.step, key=jax.random.key(self.seeds[index]), **own)
 
     def _enter(self, phase: int, state: TrainState) -> TrainState:
         return _joined(state, self.each(lambda r, s: r.phases[phase].enter(s), state))
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in ("params", "extra", "opt_state")}
 
 
 def _joined(state: TrainState, members: TrainState) -> TrainState:
@@ -128,9 +128,8 @@ class _Update:
     phase: int
 
     def init(self, state: TrainState) -> TrainState:
-        return _joined(
-            state, self.sweep.each(lambda r, s: r.phases[self.phase].update.init(s), state)
-        )
+        new = self.sweep.each(lambda r, s: r.phases[self.phase].update.init(s), state)
+        return _joined(state, new)
 
     def averaged(self, state: TrainState) -> Params:
         return self.sweep.each(lambda r, s: averaged(r.phases[self.phase].update, s).params, state)
