@@ -58,7 +58,7 @@ def sophia(case):
     def note_plain(t, params, state):
         for i in range(count):
             found[f"out/p{i}_after_{t}"] = params[f"p{i}"]
-            found[f"out/exp_avg{i}_after_{t}"] = state[0].ema[f"p{i}"]
+            found[f"out/exp_avg{i}_after_{t}"] = state[0].mu[f"p{i}"]
 
     def note_whole(t, params, state):
         if t == c["steps"]:

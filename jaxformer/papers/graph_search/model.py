@@ -114,7 +114,8 @@ class Searcher(nn.Module):
         x_BxnxD = constrain(embed(tokens_Bxn), ("batch", "length", "embed"))
         x_BxnxD = self.stack(name="stack")(x_BxnxD, mask=mask, train=train)
         x_BxnxD = LayerNorm(name="norm")(x_BxnxD)
-        return x_BxnxD[..., : self.words].astype(jnp.float32)
+        logits = x_BxnxD[..., : self.words].astype(jnp.float32)
+        return constrain(logits, ("batch", "length", "vocab"))
 
 
 def searcher(
