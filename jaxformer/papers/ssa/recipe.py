@@ -45,19 +45,30 @@ def images(config: ConfigDict) -> Recipe:
         parts = {"image_size": 8, "patch": 1, "classes": 10, "pool": "mean"}
         return ClassifyTask(vit(inside, **parts, mixer=mixer(inside, model)))
 
-    train = IndexedData(few(config), config.batch_size, config.seed)
-    test = Epoch(digits("test"), config.batch_size, limit=config.evaluate.batches or None)
-    return phases(config, task, train, test, unit="images")
+    rows, limit = config.batch_size, config.evaluate.batches or None
+    few, rest = divided(config)
+    test = Epoch(digits("test"), rows, limit=limit)
+    recipe = phases(config, task, IndexedData(few, rows, config.seed), test, unit="images")
+    # One pass over three times as many images as those that ensembles are tried on.
+    unseen = Epoch(rest, rows, limit=limit)
+    every = config.evaluate.every or "phase_end"
+    evaluators = [*recipe.evaluators, MeanEvaluator(recipe.task, unseen, "unseen", every)]
+    return dataclasses.replace(recipe, evaluators=evaluators)
 
 
-def few(config: ConfigDict) -> Arrays:
-    """`data.images` of the training digits, drawn by the seed."""
-    source = digits("train")
+def divided(config: ConfigDict) -> tuple[Arrays, Arrays]:
+    """`data.images` of the training digits, drawn by the seed, and all other digits."""
+    source, test = digits("train"), digits("test")
     count = config.data.images or len(source)
     if not 0 < count <= len(source):
         raise ConfigError(f"data.images={count}: there are {len(source)} to train on; 0: all")
-    chosen = np.random.default_rng(config.seed).permutation(len(source))[:count]
-    return Arrays({name: array[chosen] for name, array in source.arrays.items()})
+    order = np.random.default_rng(config.seed).permutation(len(source))
+    few = {name: array[order[:count]] for name, array in source.arrays.items()}
+    rest = {
+        name: np.concatenate([array[order[count:]], test.arrays[name]])
+        for name, array in source.arrays.items()
+    }
+    return Arrays(few), Arrays(rest)
 
 
 def text(config: ConfigDict) -> Recipe:
