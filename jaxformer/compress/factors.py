@@ -134,13 +134,13 @@ def apply_factors(factors: Factors, x: jax.Array, outputs: int) -> jax.Array:
     """The matrix times x (..., inputs): z = D x, then s entries of z for each output.
 
     For many rows of x gathering took four times as long as the dense matrix on a CPU, at half of
-    its FLOPs: S and D are then two dense products, or S D is one where r (p + q) is no less.
+    its FLOPs: S and D are then `two_products`, or S D is one.
     """
-    (count, r, q), p = factors.basis.shape, factors.values.shape[1]
     if math.prod(x.shape[:-1]) >= MANY:
-        if r * (p + q) >= p * q:
-            return x @ materialise(factors, outputs).T
-        return apply_expanded(factors.basis, expand(factors, outputs), x)
+        if two_products(factors):
+            return apply_expanded(factors.basis, expand(factors, outputs), x)
+        return x @ materialise(factors, outputs).T
+    (count, r, q), p = factors.basis.shape, factors.values.shape[1]
     across = count * p // outputs
     x = x.reshape(*x.shape[:-1], across, q)
     basis = factors.basis.reshape(-1, across, r, q)

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxformer.analyze import patching
+from jaxformer.evaluation.lengths import exact_match
 from jaxformer.models.lm import DecoderLM, decoder_lm
 from jaxformer.models.transformer import Transformer
 from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Params
 from jaxformer.tasks import linen
 from jaxformer.tasks.language import LanguageTask
-from jaxformer.tasks.losses import cross_entropy, is_correct
+from jaxformer.tasks.losses import cross_entropy
 
 
 def language_model(trunk: Transformer, vocabulary: int, context: int) -> DecoderLM:
@@ -41,8 +42,7 @@ class AnswerTask(LanguageTask):
         inputs_BxL, targets_BxL = tokens[:, :-1], tokens[:, 1:]
         logits, extra = linen.apply(self.model, params, extra, inputs_BxL, key=key, train=train)
         loss = Mean.of(cross_entropy(logits, targets_BxL), weight_BxL)
-        wrong = (is_correct(logits, targets_BxL) == 0) & (weight_BxL > 0)
-        exact = Mean.of(~wrong.any(-1), weight_BxL.max(-1))
+        exact = Mean.of(exact_match(logits, targets_BxL, weight_BxL), weight_BxL.max(-1))
         return LossOutput(loss.value(), loss.weight, {"loss": loss, "exact": exact}, extra)
 
 
