@@ -252,7 +252,7 @@ class InitFrom:
     fresh: str = r"(?!)"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
     """A reproducible experiment."""
 

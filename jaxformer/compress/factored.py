@@ -7,6 +7,7 @@ what spec, is a table of names; surgery on parameters goes by the same table.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -250,13 +251,20 @@ def factorise_layers(
         if weights is not None:
             rows = jnp.stack([weights[path] for path in names])
 
-        def one(layer: Any, spec: FactorSpec = spec) -> Factors:
-            w, key, rows = layer
-            return factorise(w, spec, key=key, rounds=rounds, weight=rows)
-
-        many = jax.lax.map(one, (w, keys, rows))
+        many = _factorise_alike(w, keys, rows, spec, rounds)
         found |= {path: Factors(*(x[j] for x in many)) for j, path in enumerate(names)}
     return {path: found[path] for path in layers}
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "rounds"))
+def _factorise_alike(
+    w: jax.Array, keys: jax.Array, weight: jax.Array, spec: FactorSpec, rounds: int
+) -> Factors:
+    def one(layer: tuple[jax.Array, ...]) -> Factors:
+        w, key, weight = layer
+        return factorise(w, spec, key=key, rounds=rounds, weight=weight)
+
+    return jax.lax.map(one, (w, keys, weight))
 
 
 def prepared_state(params: Any, state: Any, table: Table) -> dict[str, Any]:

@@ -216,6 +216,14 @@ def host_rows(data: Data, mesh: Mesh) -> slice:
     return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
 
 
+def abstract_batch(data: Data, mesh: Mesh | AbstractMesh) -> Batch:
+    """Shapes, dtypes and shardings of the batches of `data`."""
+    sharding = batch_sharding(mesh, data.batch_size)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), data.spec()
+    )
+
+
 def place_batch(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
     """This process's rows as global arrays on the mesh."""
     sharding = batch_sharding(mesh, batch_size)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxformer import paths
 from jaxformer.parallel.mesh import make_mesh
-from jaxformer.parallel.sharding import batch_sharding, check_rules, place, rules_of
+from jaxformer.parallel.sharding import abstract_batch, check_rules, place, rules_of
 from jaxformer.recipe import (
     Batch,
     ConfigError,
@@ -57,11 +57,18 @@ def enter(phase: Phase, state: TrainState) -> TrainState:
     return phase.update.init(state) if phase.update else state.replace(opt_state={})
 
 
-def abstract_states(recipe: Recipe, mesh: Any) -> list[TrainState]:
-    """Shapes, dtypes and shardings of the state: at initialisation, then in each phase."""
+@functools.lru_cache(maxsize=1)  # of the recipe at hand, whatever the mesh: large ones take seconds
+def shapes_of(recipe: Recipe) -> list[TrainState]:
+    """Shapes and dtypes of the state: at initialisation, then in each phase."""
     shapes = [jax.eval_shape(lambda: new_state(recipe, jax.random.key(0)))]
     for phase in recipe.phases:
         shapes.append(jax.eval_shape(functools.partial(enter, phase), shapes[-1]))
+    return shapes
+
+
+def abstract_states(recipe: Recipe, mesh: Any) -> list[TrainState]:
+    """The same with shardings."""
+    shapes = shapes_of(recipe)
     check_rules(recipe, {name: x for shape in shapes for name, x in paths.leaves(shape).items()})
     updates = [None, *(phase.update for phase in recipe.phases)]
     hosts = [update.on_host if isinstance(update, KeepsOnHost) else None for update in updates]
@@ -98,12 +105,7 @@ def lower(
     if isinstance(what.update, Eager):
         raise ConfigError(f"phase {what.name!r}: goes layer by layer and is no program to lower")
     abstract = abstract_states(recipe, mesh)[phase + 1]
-    batch: Batch = {}
-    if what.data is not None:
-        sharding = batch_sharding(mesh, what.data.batch_size)
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), what.data.spec()
-        )
+    batch = {} if what.data is None else abstract_batch(what.data, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = step_function(what, abstract, mesh).trace(abstract, batch)
         return traced.lower(lowering_platforms=(platform,))

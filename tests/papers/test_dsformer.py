@@ -34,9 +34,10 @@ def encoder():
     plain = token_classifier(trunk, vocabulary=12, length=6, classes=3)
     tokens = jax.random.randint(KEY, (4, 6), 0, 12)
     batch = {"inputs": tokens, "label": jnp.asarray([0, 1, 2, 0])}
-    return plain, plain.init(KEY, tokens)["params"], batch
+    return plain, jax.jit(plain.init)(KEY, tokens)["params"], batch
 
 
+@functools.cache
 def factorised(name, table=TABLE, **fields):
     """A method, its model, parameters and state."""
     plain, params, _ = encoder()
@@ -45,6 +46,7 @@ def factorised(name, table=TABLE, **fields):
     return method, method.model(plain), new, state
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def forward(found, params, state, mutable=False):
     collections = {"params": params, **({STATE: state} if state else {})}
     inputs = encoder()[2]["inputs"]
@@ -64,9 +66,9 @@ def test_stored_factors_are_what_was_trained():
         method, found, params, state = factorised(name)
         y = forward(found, params, state)
         extra = {STATE: state} if state else {}
-        y_stored = forward(stored, *exported(method, params, extra))
-        np.testing.assert_allclose(y_stored, y, atol=1e-5)
-        kernels = [n for n in paths.leaves(exported(method, params, extra)[0]) if "block" in n]
+        new, new_state = exported(method, params, extra)
+        np.testing.assert_allclose(forward(stored, new, new_state), y, atol=1e-5)
+        kernels = [n for n in paths.leaves(new) if "block" in n]
         assert not [n for n in kernels if n.endswith("kernel")]
 
 
@@ -78,8 +80,8 @@ def test_all_methods_begin_at_the_same_factors():
 
 def test_s_equal_to_r_at_full_width_is_the_dense_model():
     full = Table(((r"", FactorSpec(8, 8, 8)),))
-    plain, params, batch = encoder()
-    wanted = plain.apply({"params": params}, batch["inputs"])
+    plain, params, _ = encoder()
+    wanted = forward(plain, params, {})
     for name in ("weight", "frozen", "coef"):
         found = factorised(name, full)[1:]
         np.testing.assert_allclose(forward(*found), wanted, atol=1e-4)
@@ -110,8 +112,8 @@ def test_the_gradient_of_w_is_that_of_its_factors_to_the_bit():
     def loss(task, params, extra):
         return task.loss(params, extra, batch, key=KEY, train=False).loss
 
-    through = jax.grad(lambda p: loss(ClassifyTask(found), p, {STATE: state}))(params)
-    direct = jax.grad(lambda p: loss(inner, p, {}))(materialised(params))
+    through = jax.jit(jax.grad(lambda p: loss(ClassifyTask(found), p, {STATE: state})))(params)
+    direct = jax.jit(jax.grad(lambda p: loss(inner, p, {})))(jax.jit(materialised)(params))
     for name, x in paths.leaves(through).items():
         np.testing.assert_allclose(x, paths.leaves(direct)[name], rtol=1e-4, atol=1e-6)
         assert np.any(np.asarray(x)) or name.endswith("key/bias")
@@ -148,7 +150,7 @@ def test_the_gradient_of_a_latent_reaches_all_of_it():
     def loss(params):
         return ClassifyTask(found).loss(params, {}, batch, key=KEY, train=False).loss
 
-    gradient = paths.leaves(jax.grad(loss)(params))
+    gradient = paths.leaves(jax.jit(jax.grad(loss))(params))
     latent = gradient["encoder/stack/block_0/mlp/down/latent"]
     assert (latent != 0).mean() > 0.9
     assert not state
@@ -164,7 +166,7 @@ def test_frozen_supports_stay_and_all_else_is_trained():
     batch = encoder()[2]
     task = ClassifyTask(found)
     grad = jax.grad(lambda p: task.loss(p, {STATE: state}, batch, key=KEY, train=False).loss)
-    named = paths.leaves(grad(params))
+    named = paths.leaves(jax.jit(grad)(params))
     for layer in LAYERS:
         for part in ("basis", "values"):
             assert np.any(np.asarray(named[f"encoder/stack/block_0/{layer}/{part}"]))
@@ -182,9 +184,8 @@ def test_layers_are_counted_one_by_one():
     assert up.values == 2 * (6 * 8 + 32 * 3) and square.values == 2 * (6 * 8 + 16 * 2)
     assert up.index_bits == 2 * 32 * 3 * 3
     assert found["encoder/stack/block_0/mlp/down"] == size_of(FactorSpec(8, 6, 2), 16, 32)
-    stored = exported(
-        Method("weight", TABLE), *factorised("weight")[2:3], {STATE: factorised("weight")[3]}
-    )[0]
+    method, _, params, state = factorised("weight")
+    stored = exported(method, params, {STATE: state})[0]
     kept = sum(x.size for n, x in paths.leaves(stored).items() if n.endswith(("basis", "values")))
     assert kept == sum(size.values for size in found.values())
 
@@ -224,12 +225,12 @@ def test_rows_are_weighted_by_a_scoring_phase():
     assert [phase.name for phase in recipe.phases] == ["dense", "score", "factorise"]
     data = recipe.phases[0].data
     rows = data.batch(0)
-    params, extra = recipe.task.init(KEY, rows)
+    params, extra = jax.jit(recipe.task.init)(KEY, rows)
     state = jaxformer.recipe.TrainState(jnp.zeros((), jnp.int32), params, extra, {}, KEY)
-    state = recipe.phases[1].enter(state)
+    state = jax.jit(recipe.phases[1].enter)(state)
     before = paths.leaves(state.extra["fisher"])
     assert not any(np.any(np.asarray(x)) for x in before.values())
-    state, _ = recipe.phases[1].update(state, rows)
+    state, _ = jax.jit(recipe.phases[1].update)(state, rows)
     after = paths.leaves(state.extra["fisher"])
     up = after["encoder/stack/block_0/mlp/up/rows"]
     assert up.shape == (64,) and (up >= 0).all() and up.any()
