@@ -27,10 +27,10 @@ from jaxformer.analyze.summary import parameter_count
 from jaxformer.config import PACKAGE, load_config, papers, presets
 from jaxformer.observe.metrics import read_jsonl
 from jaxformer.parallel.mesh import abstract_mesh, make_mesh
-from jaxformer.parallel.sharding import rules_of, spec_for
+from jaxformer.parallel.sharding import abstract_batch, rules_of, spec_for
 from jaxformer.recipe import Update
 from jaxformer.train.fit import FitOptions, fit
-from jaxformer.train.states import abstract_states, lower, on_device, restore
+from jaxformer.train.states import abstract_states, lower, on_device, restore, step_function
 from jaxformer.train.updates import Eager
 
 STEPS = 30
@@ -152,17 +152,10 @@ def test_learns(slug):
 @every_paper
 @pytest.mark.slow
 def test_seed_decides(slug):
-    """The same seed gives the same numbers, bit for bit; another seed gives others."""
-    first, again, other = (
-        jax.tree.leaves(params)
-        for params in (
-            alone(slug),
-            first_steps(recipe_of(slug), one_device()),
-            first_steps(recipe_of(slug, seed=1), one_device(), seed=1),
-        )
-    )
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    """Another seed gives other numbers; that the same one gives the same shows after a kill."""
+    one = jax.tree.leaves(alone(slug))
+    other = jax.tree.leaves(first_steps(recipe_of(slug, seed=1), one_device(), seed=1))
+    assert any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @every_paper
@@ -200,7 +193,7 @@ def normalises_the_batch(recipe):
 @every_paper
 @pytest.mark.slow
 def test_meshes_agree(slug):
-    """Eight simulated devices, in two arrangements, take the steps that one takes."""
+    """Eight simulated devices, two along each axis, take the steps that one takes."""
     recipe = recipe_of(slug)
     if normalises_the_batch(recipe):
         # Some gradients are small beside the rounding of batch statistics; of those Adam makes
@@ -209,7 +202,6 @@ def test_meshes_agree(slug):
         one = first_steps(recipe, one_device())
     else:
         one = alone(slug)
-    assert_same(first_steps(recipe, make_mesh({"data": 8})), one, tolerance=2e-5)
     mixed = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     assert_same(first_steps(recipe, mixed), one, tolerance=2e-5)
 
@@ -298,18 +290,27 @@ def test_paper_preset_lowers_for_pods(slug):
 @every_paper
 @pytest.mark.slow
 def test_bfloat16_keeps_float32_state(slug):
-    """With bfloat16 compute, parameters and optimiser state stay float32."""
+    """With bfloat16 compute, a step leaves float32 parameters and optimiser state."""
     config = load_config(f"{slug}:tiny")
     if "dtype" not in config.model:
         pytest.skip("the config computes in float32 only")
-    recipe = recipe_of(slug, model__dtype="bfloat16")
-    for state in abstract_states(recipe, one_device()):
-        for name, leaf in paths.leaves(state.replace(key=0, step=0)).items():
-            if hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating):
-                assert leaf.dtype == jnp.float32, name
-    assert all(
-        np.all(np.isfinite(x)) for x in jax.tree.leaves(first_steps(recipe, one_device(), 2))
-    )
+    recipe, mesh = recipe_of(slug, model__dtype="bfloat16"), one_device()
+    (phase, *_), (initial, state, *_) = recipe.phases, abstract_states(recipe, mesh)
+    if compiled(phase):
+        batch = {} if phase.data is None else abstract_batch(phase.data, mesh)
+        with jax.set_mesh(mesh):
+            state, _ = step_function(phase, state, mesh).eval_shape(state, batch)
+    for name, leaf in paths.leaves((initial, state)).items():
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert leaf.dtype == jnp.float32, name
+
+    @jax.jit
+    def loss():
+        params, extra = recipe.task.init(jax.random.key(0), first_batch(recipe))
+        batch = first_batch(recipe)
+        return recipe.task.loss(params, extra, batch, key=jax.random.key(0), train=False).loss
+
+    assert np.isfinite(loss())
 
 
 @every_paper
