@@ -5,6 +5,7 @@ A change that moves a partition, or any memory by more than 2 %, fails here. Whe
 and read the difference before it is committed.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -68,19 +69,24 @@ def compare(path, found, near):
         assert found.get(name) == golden.get(name), name
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+# Scoped, so that the tests of one config follow each other and share its recipe.
+every_config = pytest.mark.parametrize("config", CONFIGS, scope="module")
+recipe_of = functools.lru_cache(maxsize=1)(load)
+
+
+@every_config
 def test_state_lies_as_committed(config):
-    recipe = load(config)
+    recipe = recipe_of(config)
     found = {where: placed(recipe, where) for where in TOPOLOGIES}
     compare(FOLDER / f"{config.replace(':', '-')}.json", found, ["bytes"])
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@every_config
 def test_stream_and_output_are_constrained(config):
     """Every block's stream, what enters the first and what leaves the model: without it the
     compiler may gather the rows of all devices on each.
     """
-    recipe = load(config)
+    recipe = recipe_of(config)
     mesh = abstract_mesh({"data": 4, "fsdp": 2})
     state, data = abstract_states(recipe, mesh)[0], recipe.phases[0].data
 

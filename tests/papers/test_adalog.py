@@ -11,6 +11,7 @@ from jaxformer.compress.search import row_errors
 from jaxformer.papers.adalog import search
 from jaxformer.papers.adalog.model import AdaLog, R, folded_bias, rules
 from jaxformer.papers.adalog.search import (
+    MIXTURES,
     ROWS,
     fpcs,
     kernel_by_output,
@@ -104,11 +105,11 @@ def test_searches_by_output_beat_searches_by_values():
     assert found["kernel"]["zero"].shape == (6,)
 
 
-def test_a_share_of_many_rows_tells_a_scale(monkeypatch):
-    """Which is what an input's has; the error is that of all rows, against a search over them."""
+def test_a_share_of_the_errors_tells_a_scale(monkeypatch):
+    """Of rows, and of outputs; the error is that of all, against a search over all."""
     keys = jax.random.split(KEY, 2)
     x = jax.random.normal(keys[0], (3 * ROWS, 8)) * jnp.linspace(0.2, 3, 8)
-    kernel, quantizer = jax.random.normal(keys[1], (8, 6)), Uniform(3)
+    kernel, quantizer = jax.random.normal(keys[1], (8, 3 * MIXTURES)), Uniform(3)
     assert len(some(x)) == len(some(x[:ROWS])) == ROWS
 
     def error():
@@ -118,6 +119,7 @@ def test_a_share_of_many_rows_tells_a_scale(monkeypatch):
 
     few = error()
     monkeypatch.setattr(search, "ROWS", len(x))
+    monkeypatch.setattr(search, "MIXTURES", 3 * MIXTURES)
     assert few <= 1.01 * error()
 
 
