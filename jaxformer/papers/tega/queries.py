@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,10 @@ class Query:
     query: Formula
     answers: np.ndarray
     observed: np.ndarray
+
+    def turned(self, change: Callable[[Formula], Formula]) -> Query:
+        """The same answers of a query that says the same otherwise."""
+        return dataclasses.replace(self, query=change(self.query))
 
 
 Queries = Mapping[str, Sequence[Query]]  # by type
