@@ -30,25 +30,26 @@ def get_config(preset: str) -> ConfigDict:
     config.data = {
         "folder": "",  # of stats.txt, train_queries.json and test_queries.json
         "syntax": "efo",  # efo | lisp
-        "entities": 60,
+        "entities": 40,  # with 60 too few of 2p and ip were learned in the time there is
         "relations": 8,
-        "out_degree": 3,
+        "out_degree": 2,
         "observed": 0.8,  # of the triples
         "train_types": ("1p", "2p", "2i", "2u", "2in", "ip"),
         "test_types": ("3p", "3i", "pi", "inp", "up"),
         "train_queries": 2000,  # of each type, or as many as there are
         "test_queries": 100,
-        "length": 24,  # tokens of the longest query
+        "length": 22,  # tokens of the longest query
     }
-    config.optim.update(learning_rate=1e-3, warmup_steps=100, schedule="linear", final=0.1)
-    config.optim.weight_decay = 0.01
-    config.update({"steps": 1000, "batch_size": 128})
+    # Adam at 2e-3 knew 0.25 of the facts (1p) after 800 steps, Muon at 1e-2 0.69 after 600.
+    config.optim.update(name="muon", learning_rate=2e-2, warmup_steps=50)
+    config.optim.update(schedule="linear", final=0.1, weight_decay=0.01)
+    config.update({"steps": 900, "batch_size": 64})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"width": 32, "heads": 2, "hidden": 64})
         config.data.update({"entities": 20, "train_queries": 60, "test_queries": 10})
         config.data.update({"train_types": ("1p", "2i", "2p"), "test_types": ("ip",)})
-        config.optim.update(learning_rate=3e-3, warmup_steps=5)
+        config.optim.warmup_steps = 5
     elif preset == "paper":
         from jaxformer.papers.tega.types import SEEN, UNSEEN
 
@@ -57,6 +58,7 @@ def get_config(preset: str) -> ConfigDict:
         config.model.update({"dropout": 0.1, "smoothing": 0.1})
         config.data.update({"entities": 14_951, "relations": 2690, "length": 48})
         config.data.update({"train_types": tuple(SEEN), "test_types": tuple(UNSEEN)})
-        config.optim.update(learning_rate=1e-4, warmup_steps=1000, schedule="constant")
+        config.optim.update(name="adamw", learning_rate=1e-4, warmup_steps=1000)
+        config.optim.schedule = "constant"
         config.evaluate.every = 20_000
     return config
