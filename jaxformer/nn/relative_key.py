@@ -87,7 +87,8 @@ class RelativeKeyScheme:
 class RelativeKey(nn.Module):
     """Vectors by offset that queries meet beside the keys, shared by the heads of a layer.
 
-    Shaw et al. 2018, arXiv 1803.02155, eq. 4, without the values' part. With `types`, the number of
+    Shaw et al. 2018, arXiv 1803.02155, eq. 4, without the values' part. (`relative_key` of Hugging
+    Face counts i - j: its tables are these in reverse.) With `types`, the number of
     kinds of tokens, also vectors by offset and by the kinds of query and key (`typed_relative_key`
     of TEGA, arXiv 2501.00759); they start at 0, where the layer is the one without.
     """

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxformer.evaluation.ranking import reciprocal_rank
-from jaxformer.papers.tega.queries import Queries
+from jaxformer.papers.tega.queries import Queries, Query
 from jaxformer.parallel.sharding import host_rows, place_batch
 from jaxformer.recipe import (
     Batch,
@@ -32,13 +32,33 @@ KNOWLEDGE = ("known", "inferred")  # ID(K) and OOD(K)
 
 def answer_arrays(queries: Queries, entities: int) -> dict[str, np.ndarray]:
     """Arrays "answers" and "observed" (Q, N) bool, and "kind" (Q,), the number of the type."""
-    rows = [(i, q) for i, found in enumerate(queries.values()) for q in found]
-    answers, observed = np.zeros((2, len(rows), entities), bool)
-    for row, (_, query) in enumerate(rows):
-        answers[row, query.answers] = True
-        observed[row, query.observed] = True
-    kind = np.array([i for i, _ in rows], np.int32)
-    return {"answers": answers, "observed": observed, "kind": kind}
+    rows = AnsweredQueries({}, queries, entities)
+    every = [rows[i] for i in range(len(rows))]
+    return {name: np.stack([row[name] for row in every]) for name in every[0]}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnsweredQueries:
+    """A source of queries with their answers, written out over all entities only when asked for."""
+
+    tokens: Mapping[str, np.ndarray]
+    queries: Queries
+    entities: int
+
+    @functools.cached_property
+    def _rows(self) -> list[tuple[int, Query]]:
+        return [(i, q) for i, found in enumerate(self.queries.values()) for q in found]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        kind, query = self._rows[index]
+        answers, observed = np.zeros((2, self.entities), bool)
+        answers[query.answers] = True
+        observed[query.observed] = True
+        inputs = {name: x[index] for name, x in self.tokens.items()}
+        return {**inputs, "answers": answers, "observed": observed, "kind": np.int32(kind)}
 
 
 def reciprocal_ranks(scores_QxN: jax.Array, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -53,7 +73,9 @@ def reciprocal_ranks(scores_QxN: jax.Array, batch: Batch) -> dict[str, tuple[jax
     return {name: reciprocal_rank(scores_QxN, x, wrong) for name, x in targets.items()}
 
 
-def cells(by_type: Mapping[str, float], seen: Sequence[str], unseen: Sequence[str]) -> dict:
+def cells(
+    by_type: Mapping[str, float], seen: Sequence[str], unseen: Sequence[str]
+) -> dict[str, float]:
     """The mean over types of each cell, of {"<type>_known": mrr, ...}; types without any left out.
 
     "id_known" is ID(Q)/ID(K), "ood_inferred" is OOD(Q)/OOD(K).

@@ -53,7 +53,7 @@ def entailment(lab: Lab) -> Findings:
         )
         found[arm], spread[arm] = (over(each, f) for f in (np.mean, np.std))
         found[arm]["id_known_turned"] = over(turned, np.mean)["id_known"]
-        types[arm] = {k: v for k, v in found[arm].items() if k.endswith("known") and k[0].isdigit()}
+        types[arm] = {t: found[arm][f"{t}_known"] for t in corpus.test}
     frequency = frequent(corpus)
     values = {f"{arm}_{cell}": row[cell] for arm, row in found.items() for cell in CELLS}
     values |= {f"frequency_{cell}": frequency[cell] for cell in CELLS}
@@ -80,8 +80,7 @@ def entailment(lab: Lab) -> Findings:
             for arm, row in found.items()
         ],
         "Known answers, by type": [
-            {"type": name.removesuffix("_known"), **{arm: types[arm][name] for arm in types}}
-            for name in types["RPE"]
+            {"type": name, **{arm: row[name] for arm, row in types.items()}} for name in corpus.test
         ],
     }
     return Findings(values, tables, [draw(lab, found, spread, frequency, types)])
@@ -157,8 +156,7 @@ def draw(
         axes[0, 0].plot([i - 0.45, i + 0.45], [frequency[cell]] * 2, "k:")
     axes[0, 0].set_xticks(range(len(CELLS)), TITLES, fontsize=8)
     axes[0, 1].set_xticks(range(2), ["as trained", "operands reversed"])
-    names = [name.removesuffix("_known") for name in types["RPE"]]
-    axes[0, 2].set_xticks(range(len(names)), names, fontsize=8)
+    axes[0, 2].set_xticks(range(len(types["RPE"])), list(types["RPE"]), fontsize=8)
     titles = ("by cell (dotted: frequency)", "ID(Q)/ID(K)", "known answers by type")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set(title=title, ylabel="filtered MRR", ylim=(0, 1))

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxformer.data.base import Arrays, Data, Deferred, Epoch, ShuffledArrays
+from jaxformer.data.base import Data, Deferred, Epoch, ShuffledArrays
 from jaxformer.data.sources.knowledge_graph import KnowledgeGraph, observe, read_stats, ruled_graph
 from jaxformer.errors import ConfigError
 from jaxformer.models.transformer import Transformer, require
-from jaxformer.papers.tega.cells import FourCells, answer_arrays
+from jaxformer.papers.tega.cells import AnsweredQueries, FourCells
 from jaxformer.papers.tega.model import EntailmentTask, encoder
 from jaxformer.papers.tega.queries import Queries, Sampler, read_queries
 from jaxformer.papers.tega.tokens import SYNTAXES, Vocabulary, rows
@@ -139,7 +139,7 @@ def build(config: ConfigDict) -> Recipe:
 
     def testing() -> Data:
         found = queries("test")
-        return Epoch(Arrays(tokens(found) | answer_arrays(found, data.entities)), TEST_ROWS)
+        return Epoch(AnsweredQueries(tokens(found), found, data.entities), TEST_ROWS)
 
     row = {
         "tokens": ((data.length,), np.int32),
