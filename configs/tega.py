@@ -43,7 +43,7 @@ def get_config(preset: str) -> ConfigDict:
     # Adam at 2e-3 knew 0.25 of the facts (1p) after 800 steps, Muon at 1e-2 0.69 after 600.
     config.optim.update(name="muon", learning_rate=1e-2, warmup_steps=50)
     config.optim.update(schedule="linear", final=0.1, weight_decay=0.01)
-    config.update({"steps": 900, "batch_size": 64})
+    config.update({"steps": 1000, "batch_size": 64})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
         config.model.update({"width": 32, "heads": 2, "hidden": 64})
