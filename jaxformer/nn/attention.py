@@ -22,7 +22,15 @@ from jaxformer.kernels.attention.mods import drop, seed_of
 from jaxformer.nn.cache import KVCache
 from jaxformer.nn.einsum import Einsum, KernelInit, fan_in_normal
 from jaxformer.nn.make import Make
-from jaxformer.nn.position import At, Joins, Mods, Position, Scheme, stream_positions
+from jaxformer.nn.position import (
+    At,
+    Joins,
+    Mods,
+    Position,
+    ReadsContent,
+    Scheme,
+    stream_positions,
+)
 
 FULL = Full()
 
@@ -252,8 +260,11 @@ class Attention(nn.Module):
         head_size = v_BxSxGxK.shape[-1] if self.value_size is None else head_size
         if isinstance(scale, LogLength):
             scale = scale(k_BxSxGxK.shape[1], head_size)
-        elif scale is None and isinstance(scheme, Joins):
+        elif scale is None and isinstance(scheme, (Joins, ReadsContent)):
             scale = head_size**-0.5
+        if isinstance(scheme, ReadsContent):
+            assert scale is not None
+            scheme = scheme.read(q_BxLxHxK, k_BxSxGxK, scale)
         return self.core(name="core")(
             q_BxLxHxK,
             k_BxSxGxK,

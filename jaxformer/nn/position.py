@@ -118,6 +118,16 @@ class Joins(Protocol):
 
 
 @runtime_checkable
+class ReadsContent(Protocol):
+    """A scheme whose changes of scores depend on the queries and keys of a call.
+
+    `scale` is that of the scores q . k, which what is added to them should have too.
+    """
+
+    def read(self, q_BxLxHxK: jax.Array, k_BxSxGxK: jax.Array, scale: float) -> Scheme: ...
+
+
+@runtime_checkable
 class Placed(Protocol):
     """A module whose scheme depends on where the stream of a call lies."""
 

@@ -67,7 +67,7 @@ class Sweep:
             Phase(
                 phase.name,
                 phase.steps,
-                data=phase.data and Undrawn(phase.data),
+                data=None if phase.data is None else Undrawn(phase.data),
                 update=phase.update and _Update(self, index),
                 enter=functools.partial(self._enter, index),
             )
