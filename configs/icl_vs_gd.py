@@ -36,8 +36,8 @@ def get_config(preset: str) -> ConfigDict:
         "grammar": 0.9,  # of the words follow from one of the last `order`
         "order": 3,
     }
-    config.optim.update(learning_rate=1e-2, warmup_steps=50, name="muon")
-    config.update({"steps": 1000, "batch_size": 32})
+    config.optim.update(learning_rate=1e-2, warmup_steps=50, name="muon", final=0.1)
+    config.update({"steps": 1400, "batch_size": 32})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 8})
         config.model.update({"width": 32, "heads": 2, "hidden": 64})

@@ -197,7 +197,7 @@ class Study:
         zeros = stacked([task.prompts(()) for task in few])
 
         @jax.jit
-        def run(params: Params, extra: Any, rate: Any) -> Any:
+        def run(params: Params, extra: Any, rate: Any, given: Any) -> Any:
             def one(examples: Any, zero: Prompts, p_icl: jax.Array, labels: jax.Array) -> Any:
                 def along(turn: jax.Array) -> jax.Array:
                     return trained(
@@ -206,9 +206,10 @@ class Study:
 
                 return measured(p_icl, jax.vmap(along)(jnp.asarray(turns)), labels, K)
 
-            return jax.vmap(one)(examples, zeros, p_icl, labels)
+            return jax.vmap(one)(*given)
 
-        found = [mean(run(self.params, self.extra, rate)) for rate in rates_of(descent)]
+        given = examples, zeros, p_icl, labels
+        found = [mean(run(self.params, self.extra, rate, given)) for rate in rates_of(descent)]
         return {name: np.stack([each[name] for each in found]) for name in found[0]}
 
 
