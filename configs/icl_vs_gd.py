@@ -33,6 +33,7 @@ def get_config(preset: str) -> ConfigDict:
         "runs": 0.5,  # of the documents have runs
         "enter": 0.1,  # of the words are followed by one
         "leave": 0.05,  # of the pairs end one
+        "drift": 0.5,  # of the pairs are followed by another y for one of the x
         "grammar": 0.9,  # of the words follow from one of the last `order`
         "order": 3,
     }
