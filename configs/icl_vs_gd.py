@@ -38,12 +38,14 @@ def get_config(preset: str) -> ConfigDict:
         "order": 3,
     }
     config.optim.update(learning_rate=1e-2, warmup_steps=50, name="muon", final=0.1)
-    config.update({"steps": 1400, "batch_size": 32})
+    config.update({"steps": 1200, "batch_size": 32})
+    config.drifting = {"steps": 300, "learning_rate": 3e-3}  # `steps` are those before it
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 8})
         config.model.update({"width": 32, "heads": 2, "hidden": 64})
         config.data.update({"length": 24, "topics": 4, "words": 20, "symbols": 4, "answers": 2})
         config.optim.warmup_steps = 5
+        config.drifting.steps = 20
         config.evaluate.batches = 2
     elif preset == "paper":
         paper(config)
@@ -56,8 +58,9 @@ def paper(config: ConfigDict) -> None:
     config.model.update({"mlp": "swiglu", "norm": "rmsnorm", "use_bias": False})
     config.model.position = "rope"
     config.model.update({"dtype": "bfloat16", "scan": True, "remat": "full"})
-    config.data.update({"length": 2048, "words": 31_998, "topics": 1000})
+    config.data.update({"length": 2048, "words": 31_998})
     config.optim.update(name="adamw", learning_rate=3e-4, warmup_steps=2000, final=0.1)
     config.optim.weight_decay = 0.1
     config.update({"steps": 100_000, "batch_size": 1024})
+    config.drifting.update({"steps": 20_000, "learning_rate": 1e-4})
     config.fit.update(log_every=50, checkpoint_every=1000)

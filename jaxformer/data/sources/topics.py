@@ -112,8 +112,9 @@ class Topics:
         liked = liked[jax.random.randint(keys[0], (), 0, self.topics)]
         mapping = self.mapping(keys[1])
         first = jax.random.randint(keys[2], (self.order,), 0, self.words)
-        # The largest of scores with Gumbel noise is a draw from their softmax.
-        drawn = jnp.argmax(liked + jax.random.gumbel(keys[3], (self.length + 1, self.words)), -1)
+        below = jnp.cumsum(jax.nn.softmax(liked))
+        drawn = jnp.searchsorted(below, jax.random.uniform(keys[3], (self.length + 1,)))
+        drawn = jnp.minimum(drawn, self.words - 1)
         chance = jax.random.uniform(keys[4], (self.length + 2, 4))
         has_runs, begins = chance[0, 0] < self.runs, chance[0, 1] < 0.5
 
