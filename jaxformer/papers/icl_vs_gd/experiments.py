@@ -128,6 +128,8 @@ def comparing(lab: Lab) -> Findings:
         "unseen": wide["unseen"],
         "icl_gain": wide["accuracy"] - wide["zero_shot"],
         "sensitivity_ratio": float(icl["sensitivity"]) / max(sensitivity(chosen["batch 1"]), 1e-9),
+        "sensitivity_ratio_any": float(icl["sensitivity"])
+        / max(float(curves["batch 1"]["sensitivity"].max()), 1e-9),
         "full_batch_sensitivity": max(curves["full batch"]["sensitivity"].ravel().tolist()),
         "overlap_gap": float(icl["overlap"]) - max(chosen[n].found["overlap"] for n in whole),
         "overlap_gap_any": float(icl["overlap"]) - max(closest[name] for name in whole),
