@@ -41,14 +41,17 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("demonstrations", "queries", "sets", "orders", "k", "rows"):
+        for name in ["demonstrations", "queries", "sets", "orders", "epochs", "every", "k", "rows"]:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1")
         rates = self.rates
         if not isinstance(rates, list | tuple) or not rates or not all(_is_rate(x) for x in rates):
             raise ConfigError(f"rates={rates!r}: must be a list of learning rates")
-        unknown = [name for name in self.descents if name not in DESCENTS]
+        if not isinstance(self.trains, Mapping):
+            raise ConfigError(f"trains={self.trains!r}: must be names and patterns of parameters")
+        given = self.descents if isinstance(self.descents, list | tuple) else [self.descents]
+        unknown = [name for name in given if name not in DESCENTS]
         if unknown or not self.descents:
             raise ConfigError(f"descents={self.descents!r}: must be of {', '.join(DESCENTS)}")
 

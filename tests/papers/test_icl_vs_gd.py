@@ -217,6 +217,8 @@ def test_bad_files_are_named(model, tmp_path, changes, says):
         (lambda: few_shot_task(STREAM, 12, KEY), "the model reads 48"),
         (lambda: Descent("newton").update(None, 0.1), "optimizer='newton'"),
         (lambda: Settings(queries=0), "queries=0"),
+        (lambda: Settings(epochs="many"), "epochs='many'"),
+        (lambda: Settings(trains=["value"]), "trains="),
     ],
 )
 def test_bad_input_is_named(make, says):
