@@ -37,6 +37,7 @@ _WHERE = {
     "Perplexity": "evaluation.exams",
     "ImageAccuracy": "evaluation.exams",
     "MultipleChoice": "evaluation.exams",
+    "InContext": "evaluation.shots",
     "MeanEvaluator": "evaluation.evaluators",
     "generate": "sampling.autoregressive",
     "make_mesh": "parallel.mesh",

@@ -133,6 +133,8 @@ def _checkpoint_verbs(verb: Verb) -> None:
     sub.add_argument("--text", action="append", help="a glob of text files: perplexity")
     sub.add_argument("--images", help="folder of classes, TFDS folder:split, or digits: accuracy")
     sub.add_argument("--choices", help='lines {"question", "choices", "answer"}: accuracy')
+    how = "a few-shot task: answers in context, beside those after training on the same"
+    sub.add_argument("--few-shot", metavar="TASK.json", help=how)
     sub.add_argument("--own", action="store_true", help="the run's evaluators beside the exams")
     sub.add_argument("--length", type=int, help="tokens of a window of text")
     sub.add_argument("--batch", type=int, help="rows; default: as many as fit, at most 32")

@@ -11,6 +11,7 @@ from jaxformer.errors import ConfigError
 def evaluate(options: argparse.Namespace, _: Any) -> None:
     from jaxformer.evaluation.exams import ImageAccuracy, MultipleChoice, Perplexity
     from jaxformer.evaluation.report import text_table
+    from jaxformer.evaluation.shots import InContext
     from jaxformer.interop.huggingface import is_folder
     from jaxformer.storage.places import place
     from jaxformer.tools.evaluate import evaluate, watch, write_results
@@ -22,6 +23,8 @@ def evaluate(options: argparse.Namespace, _: Any) -> None:
         exams.append(ImageAccuracy(options.images, options.batch))
     if options.choices:
         exams.append(MultipleChoice(options.choices, options.batch))
+    if options.few_shot:
+        exams.append(InContext(options.few_shot))
     own = options.own or not exams
     first = place(options.checkpoints[0])
     folder = place(options.output or (f"runs/{first.name}" if is_folder(first) else first))

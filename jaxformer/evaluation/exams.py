@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +54,14 @@ class Subject:
 
     def take(self, exam: Exam | Evaluator) -> dict[str, float]:
         """{"exam/metric": value}."""
-        evaluator = exam.of(self) if isinstance(exam, _EXAMS) else exam
+        evaluator = exam.of(self) if isinstance(exam, Exam) else exam
         context = EvalContext(self.mesh, self.phase, self.workdir)
         with jax.set_mesh(self.mesh):
             found = evaluator(self.state, context)
         return {f"{evaluator.name}/{name}": float(value) for name, value in found.items()}
 
 
+@runtime_checkable
 class Exam(Protocol):
     """A measurement of subjects of a kind."""
 
@@ -89,7 +90,7 @@ class Perplexity:
 
     def of(self, subject: Subject) -> Evaluator:
         if not isinstance(subject.task, LanguageTask | MaskedLanguageTask):
-            raise _wrong_kind(subject, "a language model", "text")
+            raise wrong_kind(subject, "a language model", "text")
         length = self.length or min(subject.length or 1024, 1024)
         if subject.length is not None and length > subject.length:
             raise ConfigError(
@@ -136,7 +137,7 @@ def image_epoch(
         ConfigError: it reads no images, or there are none.
     """
     if not isinstance(subject.task, ClassifyTask) or "image" not in subject.row:
-        raise _wrong_kind(subject, "an image classifier", "images")
+        raise wrong_kind(subject, "an image classifier", "images")
     _, height, _, channels = subject.row["image"].shape
     source = _images(where, height, channels, subject.labels, split)
     transforms: list[Transform] = [] if subject.pixels is None else [Normalize(*subject.pixels)]
@@ -211,7 +212,7 @@ class MultipleChoice:
 
     def of(self, subject: Subject) -> Evaluator:
         if not isinstance(subject.task, LanguageTask):
-            raise _wrong_kind(subject, "a causal language model", "choices")
+            raise wrong_kind(subject, "a causal language model", "choices")
         questions = [
             _question(self.file, number, row)
             for number, row in enumerate(read_lines(self.file, "question", "choices", "answer"))
@@ -332,9 +333,6 @@ class _Choosing:
         return jax.jit(score)
 
 
-_EXAMS = (Perplexity, ImageAccuracy, MultipleChoice)
-
-
 def _rows(subject: Subject, source: Source, transforms: Sequence[Transform] = ()) -> int:
     """Rows of a batch of this source that fit, at most 32, a multiple of the devices."""
     ways = subject.mesh.shape["data"] * subject.mesh.shape["fsdp"]
@@ -346,7 +344,7 @@ def _rows(subject: Subject, source: Source, transforms: Sequence[Transform] = ()
     return rows_that_fit(subject.task, subject.state, example, subject.mesh, most)
 
 
-def _wrong_kind(subject: Subject, needed: str, exam: str) -> ConfigError:
+def wrong_kind(subject: Subject, needed: str, exam: str) -> ConfigError:
     return ConfigError(
         f"{exam}: needs {needed}; {subject.name} is scored by {type(subject.task).__name__}"
     )

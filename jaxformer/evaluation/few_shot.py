@@ -68,13 +68,15 @@ def label_token(tokenizer: Encodes, word: str, *, first: bool = False) -> int:
 class FewShot:
     """Demonstrations, queries, and the tokens between two examples of a prompt.
 
-    `context` is the most tokens that the model reads.
+    `context` is the most tokens that the model reads, `begin` what stands in front of all that it
+    reads, in training too.
     """
 
     demonstrations: Sequence[Shot]
     queries: Sequence[Shot]
     separator: Sequence[int]
     context: int
+    begin: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         for name in ("demonstrations", "queries"):
@@ -89,7 +91,7 @@ class FewShot:
 
     def prompts(self, order: Sequence[int]) -> Prompts:
         """The demonstrations in `order`, then each query; none of them for the order ()."""
-        start: list[int] = []
+        start = list(self.begin)
         for index in order:
             prompt, label = self.demonstrations[index]
             start += [*prompt, label, *self.separator]
@@ -104,7 +106,7 @@ class FewShot:
 
     def examples(self) -> Batch:
         """Each demonstration alone, for training: the weight is 1 on its label and 0 elsewhere."""
-        rows = [[*prompt, label] for prompt, label in self.demonstrations]
+        rows = [[*self.begin, *prompt, label] for prompt, label in self.demonstrations]
         tokens, last = _filled(rows)
         weight = np.arange(tokens.shape[1] - 1) == last[:, None] - 1
         return {"tokens": tokens, "weight": weight.astype(np.float32)}
@@ -133,12 +135,31 @@ def orders(count: int, demonstrations: int, seed: int = 0) -> np.ndarray:
     return np.array(list(found), np.int32)
 
 
-def answers(task: Any, params: Params, extra: Extra, prompts: Prompts) -> Array:
-    """P (Q, V) of the token after each prompt; `task` is a `LanguageTask`."""
-    # Its batches have one token more than is read.
-    batch = {"tokens": jnp.pad(jnp.asarray(prompts.tokens), ((0, 0), (0, 1)))}
-    logits = task.predict(params, extra, batch, key=jax.random.key(0))
-    return jax.nn.softmax(logits[jnp.arange(len(prompts.last)), prompts.last], axis=-1)
+def answers(
+    task: Any, params: Params, extra: Extra, prompts: Prompts, rows: int | None = None
+) -> Array:
+    """P (Q, V) of the token after each prompt, `rows` prompts at a time; a `LanguageTask`'s."""
+
+    def read(prompts: Prompts) -> Array:
+        # Its batches have one token more than is read.
+        batch = {"tokens": jnp.pad(prompts.tokens, ((0, 0), (0, 1)))}
+        logits = task.predict(params, extra, batch, key=jax.random.key(0))
+        chosen = logits[jnp.arange(len(prompts.last)), prompts.last]
+        return jax.nn.softmax(chosen.astype(jnp.float32), axis=-1)
+
+    prompts = Prompts(*map(jnp.asarray, prompts))
+    count = len(prompts.last)
+    if rows is None or rows >= count:
+        return read(prompts)
+    # The whole (Q, L, V) of a large vocabulary is never there; the last part is filled up.
+    parts = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, -count % rows), *[(0, 0)] * (x.ndim - 1)]).reshape(
+            -1, rows, *x.shape[1:]
+        ),
+        prompts,
+    )
+    p = jax.lax.map(read, parts)
+    return p.reshape(-1, p.shape[-1])[:count]
 
 
 def descend(

@@ -61,7 +61,7 @@ def measure(subject: Subject, exams: Sequence[Exam], own: bool) -> Row:
     if not evaluators and not exams:
         raise ConfigError(
             f"evaluate: {subject.name} has no evaluators of its own; name an exam (--text, "
-            "--images, --choices)"
+            "--images, --choices, --few-shot)"
         )
     row: Row = {"checkpoint": subject.name, "step": subject.step}
     for exam in (*evaluators, *exams):

@@ -44,6 +44,16 @@ def test_prompts_hold_the_demonstrations_in_order_and_then_the_query():
     np.testing.assert_array_equal(FEW.labels, [8, 9])
 
 
+def test_all_that_is_read_has_the_same_beginning():
+    few = FewShot(SHOTS, QUERIES, [15], CONTEXT, begin=(14,))
+    np.testing.assert_array_equal(
+        few.prompts([1])[0], [[14, 3, 9, 15, 1, 0, 0], [14, 3, 9, 15, 3, 4, 5]]
+    )
+    batch = few.examples()
+    np.testing.assert_array_equal(batch["tokens"][1], [14, 3, 9, 0])
+    np.testing.assert_array_equal(batch["weight"][1], [0, 1, 0])
+
+
 def test_training_examples_weigh_their_label_alone():
     batch = FEW.examples()
     np.testing.assert_array_equal(batch["tokens"], [[1, 2, 8], [3, 9, 0], [4, 5, 8], [6, 7, 10]])
