@@ -58,16 +58,19 @@ def refine(
 ) -> State:
     """Narrow in on the survivors' scales, five times; the best state seen from `best` on."""
     width = len(kept["scale"])
-    for _ in range(STEPS - 1):
-        offsets = jnp.linspace(0, 1, expansions)[:, None] - 0.5
+    offsets = jnp.linspace(0, 1, expansions)[:, None] - 0.5
+
+    def step(_: Any, carry: Any) -> Any:
+        kept, best, spread = carry
         scales = kept["scale"][:, None] + spread * offsets  # (width, expansions, C)
         grown = {
             name: jnp.broadcast_to(value[:, None], scales.shape) for name, value in kept.items()
         }
         grown["scale"] = jnp.maximum(scales, floor)
         grown = {name: value.reshape(-1, value.shape[-1]) for name, value in grown.items()}
-        kept, best = select(errors, grown, width, best)
-        spread = spread / (expansions - 0.5)
+        return *select(errors, grown, width, best), spread / (expansions - 0.5)
+
+    _, best, _ = jax.lax.fori_loop(0, STEPS - 1, step, (kept, best, spread))
     return best[0]
 
 
@@ -124,6 +127,13 @@ def second_largest(low: jax.Array, high: jax.Array, zeros: jax.Array) -> State:
     return {"scale": scale, "zero": jnp.full_like(scale, zeros[len(zeros) // 2])}
 
 
+def in_turns(
+    turn: Callable[[dict[str, State]], dict[str, State]], start: dict[str, State]
+) -> dict[str, State]:
+    """What `turn` makes of the states of two operands, each given the other, `ROUNDS` times."""
+    return jax.lax.fori_loop(0, ROUNDS, lambda _, found: turn(found), start)
+
+
 # ------------------------------------------------------------------------------- linear maps
 
 
@@ -160,18 +170,22 @@ def search_linear(
     weigher: Uniform, quantizer: Uniform, x_NxI: jax.Array, kernel_IxO: jax.Array
 ) -> dict[str, State]:
     """The states of a kernel and of a uniform input, each by the outputs, in turns."""
-    kernel = by_values(weigher, kernel_IxO, 0, False, 1e-8)
-    given = by_values(quantizer, x_NxI, None, True, FINEST)
     ends, few = span(x_NxI, quantizer.bits, None, FINEST), some(x_NxI)
-    for _ in range(ROUNDS):
-        kernel = kernel_by_output(weigher, quantizer(x_NxI, **given), x_NxI, kernel_IxO)
+
+    def turn(found: dict[str, State]) -> dict[str, State]:
+        x_hat = quantizer(x_NxI, **found["input"])
+        kernel = kernel_by_output(weigher, x_hat, x_NxI, kernel_IxO)
         rows = row_errors(few, mixed(weigher(kernel_IxO, **kernel)), mixed(kernel_IxO))
 
-        def errors(state: State, rows: Any = rows) -> jax.Array:
+        def errors(state: State) -> jax.Array:
             return rows(quantizer(few, **state)).sum()[None]
 
-        given = fpcs(errors, *ends, zeros_of(quantizer.bits, True))
-    return {"input": given, "kernel": kernel}
+        return {"input": fpcs(errors, *ends, zeros_of(quantizer.bits, True)), "kernel": kernel}
+
+    start = by_values(quantizer, x_NxI, None, True, FINEST)
+    return in_turns(
+        turn, {"input": start, "kernel": by_values(weigher, kernel_IxO, 0, False, 1e-8)}
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -193,19 +207,20 @@ def search_log_linear(
     weigher: Uniform, quantizer: Shifted, x_NxI: jax.Array, kernel_IxO: jax.Array
 ) -> dict[str, State]:
     """The states of fc2: base and scale of its shifted logarithmic input, and its kernel's."""
-    kernel = by_values(weigher, kernel_IxO, 0, False, 1e-8)
     positive = jnp.where(x_NxI > 0, x_NxI, jnp.nan)
     ends, few = jnp.nanquantile(positive, jnp.array([0.9, 1.0])) + quantizer.shift, some(x_NxI)
     scales = jnp.linspace(ends[0], ends[1], 16)[:, None]  # (16, 1)
     bases = jnp.arange(BASES[0], BASES[1] + 1)[:, None]  # (128, 1)
-    given: State = {"scale": scales[-2], "q": jnp.full((1,), 37.0)}
-    for _ in range(ROUNDS):
-        rows = row_errors(few, mixed(weigher(kernel_IxO, **kernel)), mixed(kernel_IxO))
 
-        def errors(state: State, rows: Any = rows) -> jax.Array:
+    def turn(found: dict[str, State]) -> dict[str, State]:
+        kernel_hat = weigher(kernel_IxO, **found["kernel"])
+        rows = row_errors(few, mixed(kernel_hat), mixed(kernel_IxO))
+
+        def errors(state: State) -> jax.Array:
             return rows(quantizer(few, **state)).sum()[None]
 
-        ranked = {"scale": jnp.broadcast_to(given["scale"], bases.shape), "q": bases}
+        scale = found["input"]["scale"]
+        ranked = {"scale": jnp.broadcast_to(scale, bases.shape), "q": bases}
         kept, best = select(errors, ranked, 8)
         crossed = {
             "scale": jnp.tile(scales, (8, 1)),
@@ -215,7 +230,12 @@ def search_log_linear(
         spread = (ends[1] - ends[0]) / 15
         given = refine(errors, kept, spread, 4, FINEST, best)
         kernel = kernel_by_output(weigher, quantizer(x_NxI, **given), x_NxI, kernel_IxO)
-    return {"input": given, "kernel": kernel}
+        return {"input": given, "kernel": kernel}
+
+    start = {"scale": scales[-2], "q": jnp.full((1,), 37.0)}
+    return in_turns(
+        turn, {"input": start, "kernel": by_values(weigher, kernel_IxO, 0, False, 1e-8)}
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -261,12 +281,14 @@ def search_scores(
         name: second_largest(*ends, zeros_of(quantizer.bits, False))
         for name, (quantizer, ends) in of.items()
     }
-    for _ in range(ROUNDS):
-        right = [x.swapaxes(2, 3) for x in (of_k(k, **by_head(states["key"])), k)]
-        states["query"] = left_by_output(*of["query"], few_q, *right)
-        right = [x.swapaxes(2, 3) for x in (of_q(q, **by_head(states["query"])), q)]
-        states["key"] = left_by_output(*of["key"], few_k, *right)
-    return states
+
+    def turn(found: dict[str, State]) -> dict[str, State]:
+        right = [x.swapaxes(2, 3) for x in (of_k(k, **by_head(found["key"])), k)]
+        query = left_by_output(*of["query"], few_q, *right)
+        right = [x.swapaxes(2, 3) for x in (of_q(q, **by_head(query)), q)]
+        return {"query": query, "key": left_by_output(*of["key"], few_k, *right)}
+
+    return in_turns(turn, states)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -276,18 +298,22 @@ def search_mix(
     """The base of probabilities, whose scale is 1, and the state (H,) of values, in turns."""
     v, p = v_BxSxHxK.swapaxes(1, 2), some(p_BxHxLxS, 2, len(p_BxHxLxS))
     ends = ends_of(of_v, v)
-    found = second_largest(*ends, zeros_of(of_v.bits, False))
     bases = {"q": jnp.arange(BASES[0], BASES[1] + 1)[:, None]}
-    for _ in range(ROUNDS):
-        rows = row_errors(p, of_v(v, **by_head(found)), v)
 
-        def errors(state: State, rows: Any = rows) -> jax.Array:
+    def turn(found: dict[str, State]) -> dict[str, State]:
+        rows = row_errors(p, of_v(v, **by_head(found["value"])), v)
+
+        def errors(state: State) -> jax.Array:
             return rows(of_p(p, 1.0, state["q"])).sum()[None]
 
         base = least(bases, each(errors, bases), 1)["q"][0]
         turned = [x.swapaxes(2, 3) for x in (v, of_p(p, 1.0, base), p)]
-        found = left_by_output(of_v, ends, *turned)
-    return {"probabilities": {"scale": jnp.ones(1), "q": base}, "value": found}
+        probabilities = {"scale": jnp.ones(1), "q": base}
+        return {"probabilities": probabilities, "value": left_by_output(of_v, ends, *turned)}
+
+    start = {"scale": jnp.ones(1), "q": bases["q"][0]}
+    value = second_largest(*ends, zeros_of(of_v.bits, False))
+    return in_turns(turn, {"probabilities": start, "value": value})
 
 
 class AdaLogSearch:
