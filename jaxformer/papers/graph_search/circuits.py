@@ -128,10 +128,10 @@ def effects(
         return found
 
     sites = sides if layer < len(layers) - 1 else ()
-    effect = patching.edge_effects(
-        model, variables, inputs[None], layer=layer, to=to, measure=lost, sites=sites
-    )
+    # All weights of one query at a time, as what is left of larger batches is compiled for itself.
     n = len(inputs)
+    edit = functools.partial(patching.edge_effects, model, variables, inputs[None], layer=layer)
+    effect = edit(to=to, measure=lost, sites=sites, batch_size=n)
     shaped = {name: x.reshape(n, n, *x.shape[1:]) for name, x in effect.items()}
     return shaped | {"said": said}
 

@@ -100,11 +100,9 @@ def look_inside(config: ConfigDict, recipe: Recipe, state: TrainState) -> dict[s
     corpus, draw = corpus_of(config), np.random.default_rng([config.seed, 4])
     vocabulary = Vocabulary(language.symbols(corpus.base), config.data.pad_vocab_to)
     rows = facts.sample(corpus.train["train_inferred"], TRACED, draw)
-    form = corpus.form("train_inferred")
 
     def asked(rows: np.ndarray) -> np.ndarray:
-        items = language.items(vocabulary, rows, form)
-        return items.tokens[:, : items.prompt[0]]
+        return language.questions(vocabulary, rows, corpus.form("train_inferred"))
 
     atomic = np.concatenate([corpus.tables[name] for name in facts.ATOMIC])
     if isinstance(corpus.base, facts.Composition):

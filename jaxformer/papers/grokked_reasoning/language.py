@@ -139,6 +139,11 @@ def items(vocabulary: Vocabulary, table: np.ndarray, form: Form) -> Items:
     return encode(vocabulary, texts(table, form))
 
 
+def questions(vocabulary: Vocabulary, table: np.ndarray, form: Form) -> np.ndarray:
+    """The tokens (N, P) of the questions alone: a model reads them and says the answer."""
+    return items(vocabulary, table, form).tokens[:, : form[1]]
+
+
 def encode(vocabulary: Vocabulary, pairs: Sequence[tuple[str, str]]) -> Items:
     """Questions and whole texts as tokens.
 
