@@ -301,7 +301,8 @@ def draw(lab: Lab, icl: Any, curves: Any, chosen: Any, emergence: Any) -> Any:
         axis.set(title=name, xlabel="epoch of descent")
         axis.grid(alpha=0.3)
     axes[0, 1].set_yscale("symlog", linthresh=1e-3)
-    axes[0, 2].legend(fontsize=7)
+    axes[0, 1].set_ylim(bottom=0)
+    axes[0, 0].legend(fontsize=7, loc="lower right")
     for name in ("seen", "unseen", "zero_shot"):
         axes[0, 3].plot([r["step"] for r in emergence], [r[name] for r in emergence], label=name)
     axes[0, 3].set(title="accuracy in context", xlabel="step of pretraining", ylim=(0, 1.05))
