@@ -38,7 +38,7 @@ def get_config(preset: str) -> ConfigDict:
         "order": 3,
     }
     config.optim.update(learning_rate=1e-2, warmup_steps=50, name="muon", final=0.1)
-    config.update({"steps": 1400, "batch_size": 32})
+    config.update({"steps": 2000, "batch_size": 32})
     config.drifting = {"steps": 300, "learning_rate": 3e-3}  # `steps` are those before it
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 8})
