@@ -137,9 +137,10 @@ class SpikeAttention(nn.Module):
 
 def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """(B, N, H, K) in float32, k^T v first: sums of up to N products."""
-    float32 = jnp.float32
-    kv_BxHxKxE = jnp.einsum("BNHK,BNHE->BHKE", k, v, preferred_element_type=float32)
-    return SCALE * jnp.einsum("BNHK,BHKE->BNHE", q.astype(float32), kv_BxHxKxE)
+    # Not bfloat16 operands with a float32 sum: XLA's CPU runtime has no such product for k^T v.
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    kv_BxHxKxE = jnp.einsum("BNHK,BNHE->BHKE", k, v)
+    return SCALE * jnp.einsum("BNHK,BHKE->BNHE", q, kv_BxHxKxE)
 
 
 class SpikeMLP(nn.Module):
