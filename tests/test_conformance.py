@@ -306,8 +306,8 @@ def test_bfloat16_keeps_float32_state(slug):
 
     @jax.jit
     def loss():
-        params, extra = recipe.task.init(jax.random.key(0), first_batch(recipe))
         batch = first_batch(recipe)
+        params, extra = recipe.task.init(jax.random.key(0), batch)
         return recipe.task.loss(params, extra, batch, key=jax.random.key(0), train=False).loss
 
     assert np.isfinite(loss())

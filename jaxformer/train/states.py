@@ -57,7 +57,7 @@ def enter(phase: Phase, state: TrainState) -> TrainState:
     return phase.update.init(state) if phase.update else state.replace(opt_state={})
 
 
-@functools.lru_cache(maxsize=1)  # of the recipe at hand, whatever the mesh: large ones take seconds
+@functools.lru_cache(maxsize=1)  # for the recipe at hand: to trace a large one takes seconds
 def shapes_of(recipe: Recipe) -> list[TrainState]:
     """Shapes and dtypes of the state: at initialisation, then in each phase."""
     shapes = [jax.eval_shape(lambda: new_state(recipe, jax.random.key(0)))]
@@ -67,7 +67,7 @@ def shapes_of(recipe: Recipe) -> list[TrainState]:
 
 
 def abstract_states(recipe: Recipe, mesh: Any) -> list[TrainState]:
-    """The same with shardings."""
+    """`shapes_of` the state, placed on a mesh: at initialisation, then in each phase."""
     shapes = shapes_of(recipe)
     check_rules(recipe, {name: x for shape in shapes for name, x in paths.leaves(shape).items()})
     updates = [None, *(phase.update for phase in recipe.phases)]
