@@ -193,7 +193,7 @@ def normalises_the_batch(recipe):
 @every_paper
 @pytest.mark.slow
 def test_meshes_agree(slug):
-    """Eight simulated devices, two along each axis, take the steps that one takes."""
+    """Eight simulated devices, in two arrangements, take the steps that one takes."""
     recipe = recipe_of(slug)
     if normalises_the_batch(recipe):
         # Some gradients are small beside the rounding of batch statistics; of those Adam makes
@@ -202,6 +202,7 @@ def test_meshes_agree(slug):
         one = first_steps(recipe, one_device())
     else:
         one = alone(slug)
+    assert_same(first_steps(recipe, make_mesh({"data": 8})), one, tolerance=2e-5)
     mixed = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     assert_same(first_steps(recipe, mixed), one, tolerance=2e-5)
 
