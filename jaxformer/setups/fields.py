@@ -24,6 +24,7 @@ def image_classifier(config: ConfigDict) -> None:
         "test": "",
         "size": 8,
         "classes": 10,
+        "images": 0,  # of the digits: how many to train on, the others are tested on; 0: 1437
     }
     config.huggingface = ConfigDict()  # of an imported model its config.json, for `model`'s sizes
     config.init_from = ""  # the run of a trained model, such as `jaxformer import` makes

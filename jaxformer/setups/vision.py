@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxformer.data.base import Data, Deferred, Epoch, IndexedData, Source
-from jaxformer.data.sources.image import ImageFolder, digits
+from jaxformer.data.sources.image import ImageFolder, divided_digits
 from jaxformer.data.transforms import Enlarge, Normalize
 from jaxformer.errors import ConfigError
 from jaxformer.interop.huggingface import port_of
@@ -51,7 +51,7 @@ def images(config: ConfigDict, rows: int | None = None) -> tuple[Data, Any]:
     Batches have `rows`, by default `config.batch_size`.
 
     Raises:
-        ConfigError: digits of another size or number of classes, or no folder where one is read.
+        ConfigError: digits of another size, number or classes, or no folder where one is read.
     """
     where, rows = config.data, config.batch_size if rows is None else rows
     limit = config.evaluate.batches or None
@@ -62,8 +62,9 @@ def images(config: ConfigDict, rows: int | None = None) -> tuple[Data, Any]:
                 "a multiple; or name folders in data.train and data.test"
             )
         enlarge = (Enlarge(where.size),)
-        train = IndexedData(digits("train"), rows, config.seed, enlarge)
-        return train, Epoch(digits("test"), rows, transforms=enlarge, limit=limit)
+        few, rest = divided_digits(where.images, config.seed)
+        train = IndexedData(few, rows, config.seed, enlarge)
+        return train, Epoch(rest, rows, transforms=enlarge, limit=limit)
     shape = (where.size, where.size, 3)
     row = {"image": (shape, np.float32), "label": ((), np.int32)}
     normalize = (Normalize(0.5, 0.5),)

@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
-from jaxformer.data.base import Arrays, Data, Epoch, IndexedData
-from jaxformer.data.sources.image import digits
+from jaxformer.data.base import Data, Epoch, IndexedData
+from jaxformer.data.sources.image import digits, divided_digits
 from jaxformer.data.sources.text import Text
 from jaxformer.data.sources.tokenizers import NamedTokenizer
 from jaxformer.errors import ConfigError
@@ -46,7 +45,7 @@ def images(config: ConfigDict) -> Recipe:
         return ClassifyTask(vit(inside, **parts, mixer=mixer(inside, model)))
 
     rows, limit = config.batch_size, config.evaluate.batches or None
-    few, rest = divided(config)
+    few, rest = divided_digits(config.data.images, config.seed)
     test = Epoch(digits("test"), rows, limit=limit)
     recipe = phases(config, task, IndexedData(few, rows, config.seed), test, unit="images")
     # One pass over three times as many images as those that ensembles are tried on.
@@ -54,21 +53,6 @@ def images(config: ConfigDict) -> Recipe:
     every = config.evaluate.every or "phase_end"
     evaluators = [*recipe.evaluators, MeanEvaluator(recipe.task, unseen, "unseen", every)]
     return dataclasses.replace(recipe, evaluators=evaluators)
-
-
-def divided(config: ConfigDict) -> tuple[Arrays, Arrays]:
-    """`data.images` of the training digits, drawn by the seed, and all other digits."""
-    source, test = digits("train"), digits("test")
-    count = config.data.images or len(source)
-    if not 0 < count <= len(source):
-        raise ConfigError(f"data.images={count}: there are {len(source)} to train on; 0: all")
-    order = np.random.default_rng(config.seed).permutation(len(source))
-    few = {name: array[order[:count]] for name, array in source.arrays.items()}
-    rest = {
-        name: np.concatenate([array[order[count:]], test.arrays[name]])
-        for name, array in source.arrays.items()
-    }
-    return Arrays(few), Arrays(rest)
 
 
 def text(config: ConfigDict) -> Recipe:
