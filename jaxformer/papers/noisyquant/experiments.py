@@ -20,7 +20,7 @@ from jaxformer.recipe import Claim, Findings
 from jaxformer.setups.post_training import Bench, Method
 from jaxformer.tasks.staged import StagedTask
 
-DRAWS = 5  # seeds of the noise
+DRAWS = 5  # of the images to calibrate on, and of the noise
 WAYS = {
     "EasyQuant": {"shift": False, "noise": False},
     "shift": {"noise": False},
@@ -61,18 +61,14 @@ def digits(lab: Lab) -> Findings:
     rows: list[dict[str, Any]] = []
     errors: dict[str, list[Mapping[str, float]]] = {}
     for way, choices in WAYS.items():
-        draws = DRAWS if choices.get("noise", True) else 1
-        for draw in range(draws):
+        for draw in range(DRAWS):
             method = Method(way, rules, Procedure(seed=draw, **choices))
-            made, state = bench.calibrated(method, 4, 4)
+            made, state = bench.calibrated(method, 4, 4, draw)
             errors.setdefault(way, []).append(layer_errors(made, state))
             accuracy = bench.accuracy_of(made, state)
             rows.append({"way": way, "draw": draw, "accuracy %": accuracy})
-    plain = errors["EasyQuant"][0]
-    better = [
-        statistics.mean(found[layer] < plain[layer] for layer in plain)
-        for found in errors["shift and noise"]
-    ]
+    pairs = zip(errors["EasyQuant"], errors["shift and noise"], strict=True)
+    better = [statistics.mean(noisy[x] < plain[x] for x in plain) for plain, noisy in pairs]
     mean = {
         way: statistics.mean(row["accuracy %"] for row in rows if row["way"] == way) for way in WAYS
     }
@@ -83,7 +79,7 @@ def digits(lab: Lab) -> Findings:
     }
     layers = [
         {"layer": layer, **{way: statistics.mean(f[layer] for f in errors[way]) for way in WAYS}}
-        for layer in plain
+        for layer in errors["EasyQuant"][0]
     ]
     tables = {
         f"Accuracy %, in float {bench.float_accuracy:.4g}": rows,
