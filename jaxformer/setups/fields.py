@@ -58,7 +58,6 @@ def post_training(config: ConfigDict, preset: str) -> None:
     config.calibration = {"images": 32}  # the first of the training data
     # Small models have none: put in, without changing what the model computes; 0 channels: none.
     config.outliers = {"channels": 3, "factor": 20.0}
-    config.steps = 2000
     regularised(config, preset)
     if preset == "tiny":
         config.steps = 40
@@ -67,6 +66,10 @@ def post_training(config: ConfigDict, preset: str) -> None:
         deit_s(config)
         config.outliers.channels = 0
         config.update({"steps": 0, "init_from": "runs/deit_small"})
+    else:
+        # Trained on 1257 digits it has 96.9 % of the others (seed 0); 2000 steps of Adam had 95.2.
+        config.steps = 1200
+        config.optim.update(name="muon", learning_rate=5e-3, weight_decay=0.2)
 
 
 def text_pairs(config: ConfigDict) -> None:
