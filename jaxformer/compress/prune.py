@@ -262,10 +262,14 @@ def globally(groups: Mapping[str, Grouped], index: jax.Array) -> dict[str, jax.A
 
 
 def evenly(groups: Mapping[str, Grouped], share: jax.Array) -> dict[str, jax.Array]:
-    """Masks without the same share of the groups of each list, the lowest."""
+    """Masks without the same share of the groups of each list, the lowest.
 
-    def one(group: Grouped) -> jax.Array:
+    Lists round it at different places, so that a little more of it takes few groups, and not one
+    of each.
+    """
+
+    def one(group: Grouped, start: float) -> jax.Array:
         count = len(group.sizes)
-        return group.without(jnp.arange(count) < jnp.floor(share * count))
+        return group.without(jnp.arange(count) < jnp.floor(share * count + start))
 
-    return {name: one(group) for name, group in groups.items()}
+    return {name: one(group, i / len(groups)) for i, (name, group) in enumerate(groups.items())}

@@ -262,10 +262,15 @@ def floating(network: SpikeNetwork, limit: float | None = None) -> SpikeNetwork:
 # ----------------------------------------------------------------------------- fine distillation
 
 
-def similarity(x_BxNxHxK: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """G (B, H, N, N): the cosines between positions, head by head."""
+def similarity(x_BxNxHxK: jax.Array) -> jax.Array:
+    """G (B, H, N, N): the cosines between positions, head by head; 0 where there are no spikes.
+
+    A position without spikes has no direction, and no gradient: with 1e-6 added to its norm that
+    would be a million, beside which a clipped gradient of all else vanishes.
+    """
     x = x_BxNxHxK.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + epsilon**2)  # 0 for no spikes
+    square = jnp.square(x).sum(-1, keepdims=True)
+    x = x * jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     return jnp.einsum("BNHK,BMHK->BHNM", x, x)
 
 
