@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxformer.errors import ConfigError
 from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Metric, Params, Task
-from jaxformer.tasks.classify import weights_of
+from jaxformer.tasks.answers import weights_of
 from jaxformer.tasks.linen import Answer
 from jaxformer.tasks.losses import soft_cross_entropy
 
