@@ -17,10 +17,13 @@ from jaxformer.models.transformer import Transformer
 from jaxformer.nn.attention import Fused, Unfused
 from jaxformer.nn.block import stack_layers
 from jaxformer.nn.make import swap
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.papers.bct import model
 from jaxformer.papers.bct.model import Integer, Simulated, compress_parameters, compressed, scheme
 from jaxformer.papers.bct.recipe import injection
 from jaxformer.recipe import ConfigError
+from jaxformer.train.fit import FitOptions, fit
+from tests.papers import text_files
 
 KEY = jax.random.key(0)
 SMALL = {"weight_block": (16, 16), "value_block": 16}
@@ -181,6 +184,24 @@ def test_compression_is_a_phase_that_trains_nothing():
     assert (how.weights.rows, how.weights.columns, how.weights.shift_bits) == (32, 32, 6)
 
 
+@pytest.mark.parametrize(
+    ("task", "score"), [("sts-b", "pearson"), ("cola", "matthews"), ("squad", "exact")]
+)
+def test_files_of_tasks_are_trained_on_and_compressed(tmp_path, one_device, task, score):
+    fields = {"batch_size": 8, "outliers__at": "none", "compress__bits": "int8"}
+    if task == "squad":
+        fields |= text_files.squad(tmp_path)
+    else:
+        fields |= text_files.glue(tmp_path, task)
+    recipe = jaxformer.load("bct:tiny", steps=60, **fields)
+    options = FitOptions(progress=False, log_every=60)
+    fit(recipe, workdir=tmp_path / "run", mesh=one_device, options=options)
+    rows = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if f"float/{score}" in row]
+    assert rows[0]["phase"] == "train" and rows[0][f"float/{score}"] > 0.95
+    compressed = rows[-1][f"compressed/{score}"]
+    assert compressed > 0.9 and rows[-1]["compressed/loss"] != rows[0]["float/loss"]
+
+
 # -------------------------------------------------------------------------------------- mistakes
 
 
@@ -195,7 +216,7 @@ def test_compression_is_a_phase_that_trains_nothing():
         (lambda: jaxformer.load("bct:tiny", model__order="post"), r"outliers\.at='norms'"),
         (lambda: jaxformer.load("bct:tiny", outliers__at="here"), r"outliers\.at='here'"),
         (lambda: jaxformer.load("bct:tiny", init_from="runs/x"), r"config\.steps=60: .* give 0"),
-        (lambda: jaxformer.load("bct:tiny", data__task="sts-b"), r"data\.task='sts-b': has scores"),
+        (lambda: jaxformer.load("bct:tiny", data__task="stsb"), r"data\.task='stsb': must be one"),
     ],
 )
 def test_mistakes_are_named(act, said):

@@ -17,10 +17,14 @@ from jaxformer.compress.intercepted import Intercepted
 from jaxformer.compress.matrix import from_matrix
 from jaxformer.models.encoder import token_classifier
 from jaxformer.models.transformer import Transformer
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.papers.dsformer import model
 from jaxformer.papers.dsformer.model import FactorisedTask, Method, exported
 from jaxformer.recipe import ConfigError
 from jaxformer.tasks.classify import ClassifyTask
+from jaxformer.tasks.regress import RegressTask
+from jaxformer.train.fit import FitOptions, fit
+from tests.papers import text_files
 
 KEY = jax.random.key(0)
 TABLE = model.table_of(8, 6, 2, 6, 3, None)
@@ -287,3 +291,29 @@ def stateless():
 def test_mistakes_are_named(act, said):
     with pytest.raises(ConfigError, match=said):
         act()
+
+
+# --------------------------------------------------------------------------------- real layouts
+
+
+def test_questions_of_squad_are_answered_from_factors(tmp_path, one_device):
+    """A few questions, some with more windows than one, by heart; dense, then factorised."""
+    fields = text_files.squad(tmp_path)
+    recipe = jaxformer.load("dsformer:tiny", dense_steps=30, steps=20, batch_size=8, **fields)
+    windows = recipe.evaluators[0].whole.source.windows
+    assert len(windows) > 6
+    options = FitOptions(progress=False, log_every=50)
+    fit(recipe, workdir=tmp_path / "run", mesh=one_device, options=options)
+    rows = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if "test/exact" in row]
+    assert [row["phase"] for row in rows] == ["dense", "factorise"]
+    assert all(row["test/exact"] == row["test/f1"] == 1 for row in rows)
+    guess = recipe.evaluators[0].whole({"answer": np.zeros((len(windows), 2, 20))})
+    assert guess["exact"] < 0.5
+
+
+def test_scores_of_sts_b_are_regressed():
+    recipe = jaxformer.load("dsformer:tiny", data__task="sts-b")
+    assert isinstance(recipe.task.dense, RegressTask)
+    assert isinstance(recipe.task.factorised, RegressTask)
+    assert recipe.task.dense.model.classes == 1
+    assert recipe.evaluators[0].whole.names == ("pearson", "spearman")

@@ -21,8 +21,7 @@ from jaxformer.papers.bct.model import (
 )
 from jaxformer.recipe import InitFrom, Phase, Recipe, TrainState
 from jaxformer.setups.imported import adopt
-from jaxformer.setups.texts import text_data, text_model
-from jaxformer.tasks.classify import ClassifyTask
+from jaxformer.setups.texts import text_data, text_model, text_task
 from jaxformer.train.updates import GradientUpdate
 
 OUTLIERS = ("none", "norms", "values")
@@ -34,11 +33,11 @@ def build(config: ConfigDict) -> Recipe:
     The task of the whole is the compressed model; the update has the plain one.
     """
     adopt(config)
-    plain = ClassifyTask(text_model(config))
+    plain = text_task(config, text_model(config))
     how = scheme_of(config)
     arithmetic = Integer(how) if config.compress.integer else Simulated(how)
-    task = ClassifyTask(compressed(plain.model, arithmetic))
-    train, test = text_data(config)
+    task = text_task(config, compressed(plain.model, arithmetic))
+    train, test, whole = text_data(config)
     if config.init_from and config.steps:
         raise ConfigError(
             f"config.steps={config.steps}: the run init_from={config.init_from!r} has been "
@@ -48,10 +47,10 @@ def build(config: ConfigDict) -> Recipe:
         Phase("train", config.steps, train, GradientUpdate.of(plain, config)),
         Phase("compress", enter=compress(config, how)),
     ]
-    evaluators = [MeanEvaluator(task, test, "compressed", "end")]
+    evaluators = [MeanEvaluator(task, test, "compressed", "end", whole=whole)]
     if config.steps:
         every = config.evaluate.every or "phase_end"
-        evaluators.append(MeanEvaluator(plain, test, "float", every))
+        evaluators.append(MeanEvaluator(plain, test, "float", every, whole=whole))
     source = InitFrom(config.init_from) if config.init_from else None
     return Recipe(task, phases, evaluators, init_from=source, unit="pairs")
 

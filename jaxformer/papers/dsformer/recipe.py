@@ -19,8 +19,7 @@ from jaxformer.models.transformer import require
 from jaxformer.papers.dsformer.model import FactorisedTask, Method, table_of
 from jaxformer.recipe import Batch, Extra, InitFrom, Mean, Metrics, Phase, Recipe, Task, TrainState
 from jaxformer.setups.imported import adopt
-from jaxformer.setups.texts import text_data, text_model
-from jaxformer.tasks.classify import ClassifyTask
+from jaxformer.setups.texts import text_data, text_model, text_task
 from jaxformer.train.optim import build as build_optimizer
 from jaxformer.train.updates import ForwardUpdate, GradientUpdate
 
@@ -35,9 +34,10 @@ def build(config: ConfigDict) -> Recipe:
     require("factor.weighting", fields.weighting, WEIGHTINGS)
     model = text_model(config)
     method = method_of(config)
-    dense, factorised = ClassifyTask(model), ClassifyTask(method.model(model))
+    dense = text_task(config, model)
+    factorised = text_task(config, method.model(model))
     task = FactorisedTask(dense, factorised)
-    train, test = text_data(config)
+    train, test, whole = text_data(config)
     if config.init_from and config.dense_steps:
         raise ConfigError(
             f"config.dense_steps={config.dense_steps}: the run init_from={config.init_from!r} has "
@@ -57,7 +57,7 @@ def build(config: ConfigDict) -> Recipe:
         phases.append(Phase("score", fields.score_steps, train, collect, zeros(method)))
     last = update(factorised, config.steps, config.rate_scale)
     phases.append(Phase("factorise", config.steps, train, last, enter(method, weighted)))
-    evaluator = MeanEvaluator(task, test, "test", config.evaluate.every or "phase_end")
+    evaluator = MeanEvaluator(task, test, "test", config.evaluate.every or "phase_end", whole=whole)
     source = InitFrom(config.init_from, fresh=config.fresh) if config.init_from else None
     return Recipe(task, phases, [evaluator], init_from=source, unit="pairs")
 
