@@ -55,7 +55,7 @@ def test_pieces_know_their_characters(tmp_path):
     expected = ["the", "cafe", "was", "open", "##ed", "in", "18", "##89", ",", "by", "zoe"]
     assert said == [*expected, "[UNK]"]
     found = [CONTEXT[first:last] for first, last in characters]
-    assert found == "The Café was open ed in 18 89 , by Zoë .".split()
+    assert found == ["The", "Café", "was", "open", "ed", "in", "18", "89", ",", "by", "Zoë", "."]
 
 
 def test_answers_are_mapped_to_pieces(tmp_path):
@@ -66,7 +66,16 @@ def test_answers_are_mapped_to_pieces(tmp_path):
             assert example[key].shape == shape and example[key].dtype == dtype
     example = found[0]
     tokens, types = example["inputs"].T
-    assert [PIECES[t] for t in tokens[:8]] == "[CLS] who open ##ed the cafe ? [SEP]".split()
+    assert [PIECES[t] for t in tokens[:8]] == [
+        "[CLS]",
+        "who",
+        "open",
+        "##ed",
+        "the",
+        "cafe",
+        "?",
+        "[SEP]",
+    ]
     assert PIECES[tokens[example["valid"]][-1]] == "[SEP]"
     assert types.tolist() == [0] * 8 + [1] * 13 + [0] * 11
     answers = []

@@ -160,7 +160,7 @@ def test_a_question_takes_the_best_of_its_windows(tmp_path):
     data = source(tmp_path, paragraph(questions=QUESTIONS[:2]), length=15, stride=4)
     owners = [window.question for window in data.windows]
     logits = np.zeros((len(data), 2, 15), np.float32)
-    for row, owner in enumerate(owners):
+    for row in range(len(data)):
         first, last = data[row]["label"]
         if first:  # [CLS] is never an answer, however large its logits are
             logits[row, 0, first] = logits[row, 1, last] = 5.0

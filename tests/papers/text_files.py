@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-WORDS = "red cat dog sat ran on mat sun big old".split()
-SPECIAL = "[PAD] [UNK] [CLS] [SEP] [MASK]".split()
+WORDS = ["red", "cat", "dog", "sat", "ran", "on", "mat", "sun", "big", "old"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def vocabulary(folder, words=WORDS):
