@@ -66,16 +66,8 @@ def test_answers_are_mapped_to_pieces(tmp_path):
             assert example[key].shape == shape and example[key].dtype == dtype
     example = found[0]
     tokens, types = example["inputs"].T
-    assert [PIECES[t] for t in tokens[:8]] == [
-        "[CLS]",
-        "who",
-        "open",
-        "##ed",
-        "the",
-        "cafe",
-        "?",
-        "[SEP]",
-    ]
+    said = [PIECES[t] for t in tokens[:8]]
+    assert said == ["[CLS]", "who", "open", "##ed", "the", "cafe", "?", "[SEP]"]
     assert PIECES[tokens[example["valid"]][-1]] == "[SEP]"
     assert types.tolist() == [0] * 8 + [1] * 13 + [0] * 11
     answers = []
