@@ -42,6 +42,29 @@ def distribution(student: Answer, teacher: Answer) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class Softened:
+    """T^2 times the cross-entropy of both distributions at a `temperature` T.
+
+    T^2 keeps the gradient's size. Of Hinton et al. 2015, arXiv 1503.02531, section 2.
+    """
+
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"Softened.temperature={self.temperature}: must be over 0")
+
+    def __call__(self, student: Answer, teacher: Answer) -> jax.Array:
+        t = self.temperature
+        return t**2 * soft_cross_entropy(student.output / t, teacher.output / t)
+
+
+def squared(student: Answer, teacher: Answer) -> jax.Array:
+    """(B,) the squared distance of the outputs, for scores, which are no distribution."""
+    return jnp.square(student.output - teacher.output).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
 class DistillTask:
     """`label` times the student's own objective, and each of `terms`, {name: (weight, term)}.
 

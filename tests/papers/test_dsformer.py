@@ -22,6 +22,8 @@ from jaxformer.papers.dsformer import model
 from jaxformer.papers.dsformer.model import FactorisedTask, Method, exported
 from jaxformer.recipe import ConfigError
 from jaxformer.tasks.classify import ClassifyTask
+from jaxformer.tasks.distill import TEACHER
+from jaxformer.tasks.linen import Answer
 from jaxformer.tasks.regress import RegressTask
 from jaxformer.train.fit import FitOptions, fit
 from tests.papers import text_files
@@ -242,6 +244,36 @@ def test_rows_are_weighted_by_a_scoring_phase():
     assert set(shapes.extra) == {STATE}
 
 
+def test_the_dense_model_may_teach_the_factors():
+    """Half of the loss is T^2 times the cross-entropy of both at T = 2."""
+    recipe = jaxformer.load("dsformer:tiny", factor__distill=0.5, factor__method="frozen")
+    phase, rows = recipe.phases[1], recipe.phases[0].data.batch(0)
+    params, extra = jax.jit(recipe.task.init)(KEY, rows)
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), params)
+    state = jaxformer.recipe.TrainState(jnp.zeros((), jnp.int32), params, extra, {}, KEY)
+    dense = recipe.task.dense.predict(params, extra, rows, key=KEY)
+    state = jax.jit(lambda state: phase.update.init(phase.enter(state)))(state)
+    own = {STATE: state.extra[STATE]}
+    student = recipe.task.factorised.predict(state.params, own, rows, key=KEY)
+    hard = recipe.task.factorised.loss(state.params, own, rows, key=KEY, train=False).loss
+    soft = -(jax.nn.softmax(dense / 2) * jax.nn.log_softmax(student / 2)).sum(-1).mean()
+    after, metrics = jax.jit(phase.update)(state, rows)
+    np.testing.assert_allclose(metrics["loss"].value(), 0.5 * hard + 0.5 * 4 * soft, rtol=1e-4)
+    kept = after.extra[TEACHER]["params"]
+    jax.tree.map(np.testing.assert_array_equal, kept, params)
+    found = recipe.task.predict(after.params, after.extra, rows, key=KEY)
+    assert (found != student).any()  # factors are trained, and the teacher is in nobody's way
+
+
+def test_scores_are_taught_by_their_distance():
+    recipe = jaxformer.load("dsformer:tiny", data__task="sts-b", factor__distill=0.5)
+    task = recipe.phases[1].update.task
+    one, other = (Answer(jnp.asarray(y), {}, {}) for y in ([[1.0], [4.0]], [[3.0], [4.5]]))
+    (_, weight, term), label = task.terms[0], task.label
+    np.testing.assert_array_equal(term(one, other), [4.0, 0.25])
+    assert weight == label == 0.5
+
+
 # -------------------------------------------------------------------------------------- mistakes
 
 
@@ -275,6 +307,14 @@ def stateless():
         (
             lambda: jaxformer.load("dsformer:tiny", init_from="runs/x"),
             r"config\.dense_steps=60: .* give 0",
+        ),
+        (
+            lambda: jaxformer.load("dsformer:tiny", factor__distill=1.5),
+            r"factor\.distill=1\.5: must be from 0 to 1",
+        ),
+        (
+            lambda: jaxformer.load("dsformer:tiny", factor__distill=1, factor__temperature=0),
+            r"Softened\.temperature=0\.0: must be over 0",
         ),
         (
             lambda: jaxformer.load("dsformer:tiny", factor__weighting="all"),
