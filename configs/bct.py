@@ -22,6 +22,8 @@ def get_config(preset: str) -> ConfigDict:
         "shift_bits": 8,
         "probs_unsigned": False,  # one bit more for probabilities
         "integer": False,  # int8 codes and int32 sums, not rounded floats
+        "static": False,  # shifts of values found beforehand, not block by block as they come
+        "calibration": 8,  # of static: batches of training data that are looked at
     }
     # Put into the trained model without a change of what it computes; at none | norms | values.
     config.outliers = {"at": "norms", "channels": 2, "factor": 60.0}

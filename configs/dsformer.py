@@ -25,6 +25,8 @@ def get_config(preset: str) -> ConfigDict:
         "rounds": 10,  # of alternation before training
         "weighting": "none",  # none | fisher: how much rows matter at the start
         "score_steps": 20,
+        "distill": 0.0,  # the share of the dense model's answers in what is learned, such as .5
+        "temperature": 2.0,  # of both distributions
     }
     config.huggingface = ConfigDict()  # of an imported BERT its config.json
     config.init_from = ""  # the run of a trained encoder, such as `jaxformer import` makes

@@ -128,16 +128,19 @@ def shift_of(a: jax.Array, largest: float) -> jax.Array:
     return jnp.where(a == 0, 0, of_top - exponent - (fraction > top))
 
 
-def _scaled(tiles: jax.Array, spec: BlockSpec) -> tuple[jax.Array, jax.Array]:
-    """Codes as floats, before they are stored, and shifts (down, across)."""
-    a = jnp.abs(tiles).max((1, 3))
+def _scaled(
+    tiles: jax.Array, spec: BlockSpec, a: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Codes as floats, before they are stored, and shifts (down, across), or (1, across) of `a`."""
+    a = jnp.abs(tiles).max((1, 3)) if a is None else a[None]
     e = jnp.clip(shift_of(a, spec.largest), *spec.shift_range)
     # What is not finite makes its block NaN, so that it is seen; a maximum may pass NaN over.
     finite = jnp.isfinite(tiles).all((1, 3))
     scale = jnp.where(finite, power(e), jnp.nan)[:, None, :, None]
     y = tiles * scale
     low = 0.0 if spec.number == "unsigned" else -spec.largest
-    y = jnp.clip(y, low, spec.largest)  # only where the range of shifts has ended
+    # Only where the range of shifts has ended, or a value is larger than `a` said.
+    y = jnp.clip(y, low, spec.largest)
     y = y.astype(spec.dtype).astype(jnp.float32) if spec.number == "e4m3" else jnp.round(y)
     return y, e
 
@@ -179,13 +182,25 @@ def decompress(blocks: Blocks, spec: BlockSpec) -> jax.Array:
     )
 
 
-def quantise(x: jax.Array, spec: BlockSpec | None) -> jax.Array:
-    """decompress(compress(x)) in the dtype of x, with the derivative of x."""
+def quantise(x: jax.Array, spec: BlockSpec | None, largest: jax.Array | None = None) -> jax.Array:
+    """decompress(compress(x)) in the dtype of x, with the derivative of x.
+
+    With `largest` (blocks across,) shifts are those of these values instead of the blocks' own, the
+    same for all blocks above each other, and what is larger is clipped.
+    """
     if spec is None or spec.bits == OFF:
         return x
-    codes, e = _scaled(_tile(x.astype(jnp.float32), spec), spec)
+    codes, e = _scaled(_tile(x.astype(jnp.float32), spec), spec, largest)
     value = _untile(codes * power(-e)[:, None, :, None], x.shape).astype(x.dtype)
     return straight_through(value, x)
+
+
+def largest_across(x: jax.Array, spec: BlockSpec) -> jax.Array:
+    """The largest |x| (blocks across,) of all blocks above each other.
+
+    Its shift is the least of theirs, those of zeros left out.
+    """
+    return jnp.abs(_tile(x.astype(jnp.float32), spec)).max((0, 1, 3))
 
 
 # ---------------------------------------------------------------------------------------- storage

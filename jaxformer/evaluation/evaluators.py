@@ -6,10 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from jaxformer.parallel.multihost import everywhere
 from jaxformer.parallel.sharding import host_rows, place_batch
 from jaxformer.recipe import (
     Batch,
@@ -39,11 +42,27 @@ def bits(values: Mapping[str, float]) -> float:
     return values["loss"] / math.log(2)
 
 
+class Whole(Protocol):
+    """Numbers of all rows at once, which are no means of their batches: F1, a correlation.
+
+    `columns` are entries of the batches that it reads beside the answers.
+    """
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    def __call__(self, rows: Mapping[str, np.ndarray]) -> Mapping[str, float]:
+        """Of "answer", what the task predicts, and the columns: (N, ...) each, in order."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class MeanEvaluator:
     """The task's own metrics, exact over `batches` batches of `data` (all of a finite one).
 
-    `derived` adds numbers computed from the means, such as `perplexity`.
+    `derived` adds numbers computed from the means, such as `perplexity`; `whole` those of the
+    answers to all rows whose weight is not 0, of a task that `Predicts`. They are gathered on every
+    process, in the pass that the means are of.
     """
 
     task: Task
@@ -54,15 +73,22 @@ class MeanEvaluator:
     derived: Mapping[str, Callable[[Mapping[str, float]], float]] = dataclasses.field(
         default_factory=dict
     )
+    whole: Whole | None = None
 
     @functools.cached_property
-    def _score(self) -> Callable[..., Metrics]:
-        def score(params: Params, extra: Extra, batch: Batch, index: int) -> Metrics:
+    def _score(self) -> Callable[..., tuple[Metrics, dict[str, jax.Array]]]:
+        def score(params: Params, extra: Extra, batch: Batch, index: int) -> Any:
             key = jax.random.fold_in(jax.random.key(0), index)
-            output = self.task.loss(
-                params, extra, on_device(self.data, batch), key=key, train=False
-            )
-            return {"loss": Mean(output.loss * output.weight, output.weight), **output.metrics}
+            batch = on_device(self.data, batch)
+            output = self.task.loss(params, extra, batch, key=key, train=False)
+            metrics = {"loss": Mean(output.loss * output.weight, output.weight), **output.metrics}
+            if self.whole is None:
+                return metrics, {}
+            task: Any = self.task  # the compiler finds that both ask the same of the model
+            answer = task.predict(params, extra, batch, key=key)
+            weight = jnp.broadcast_to(jnp.asarray(batch.get("weight", 1.0)), answer.shape[:1])
+            columns = {name: batch[name] for name in self.whole.columns}
+            return metrics, {"answer": answer, "weight": weight, **columns}
 
         return jax.jit(score)
 
@@ -70,14 +96,21 @@ class MeanEvaluator:
         count = self.batches if self.batches is not None else len(self.data)  # type: ignore[arg-type]
         rows = host_rows(self.data, context.mesh)
         totals: Metrics = {}
+        kept: list[dict[str, np.ndarray]] = []
         for index in range(count):
             context.alive()
             batch = place_batch(self.data.batch(index, rows), context.mesh, self.data.batch_size)
-            totals = merge(
-                totals, jax.device_get(self._score(state.params, state.extra, batch, index))
-            )
+            metrics, columns = self._score(state.params, state.extra, batch, index)
+            totals = merge(totals, jax.device_get(metrics))
+            kept.append({name: everywhere(column) for name, column in columns.items()})
         values = {name: float(metric.value()) for name, metric in totals.items()}
-        return values | {name: function(values) for name, function in self.derived.items()}
+        values |= {name: function(values) for name, function in self.derived.items()}
+        if self.whole is None:
+            return values
+        gathered = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
+        counts = gathered.pop("weight") != 0
+        found = self.whole({name: column[counts] for name, column in gathered.items()})
+        return values | {name: float(value) for name, value in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,15 @@ class TokenHeads(nn.Module):
         return head(x_BxTxD).mean(-2)
 
 
+class SpanHead(nn.Module):
+    """Logits (B, 2, L) of the first and of the last position of an answer, in float32."""
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        linear = Einsum("...D,DC->...C", (2,), out_dtype=jnp.float32, name="linear")
+        return linear(x_BxLxD).swapaxes(-1, -2)
+
+
 class MaskedHead(nn.Module):
     """Logits (B, L, V) of BERT: a layer, then the embedding's own `table`, and a bias."""
 

@@ -86,12 +86,15 @@ def text_pairs(config: ConfigDict) -> None:
         "dtype": "float32",
     }
     config.data = {
-        "task": "entailment",  # or cola | sst-2 | mrpc | qqp | mnli | mnli-mm | qnli | rte | wnli
+        # entailment (by rule); of GLUE cola | sst-2 | mrpc | sts-b | qqp | mnli | mnli-mm | qnli |
+        # rte | wnli, each with its own scores; squad (v1.1)
+        "task": "entailment",
         "train": 100_000,  # of entailment: how many pairs
         "test": 2000,
         "test_rows": 100,  # of a test batch
         "length": 24,
-        "folder": "",  # of GLUE: the task's folder of TSV files
+        "stride": 128,  # of squad: pieces from one window of a text to the next
+        "folder": "",  # of the task's TSV files, or of SQuAD's two JSON files
         "tokenizer": "",  # a WordPiece vocab.txt, or a tokenizer.json
         "vocabulary": 30_522,
     }

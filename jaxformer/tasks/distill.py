@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxformer.errors import ConfigError
 from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Metric, Params, Task
-from jaxformer.tasks.classify import weights_of
+from jaxformer.tasks.answers import weights_of
 from jaxformer.tasks.linen import Answer
 from jaxformer.tasks.losses import soft_cross_entropy
 
@@ -39,6 +39,29 @@ def distribution(student: Answer, teacher: Answer) -> jax.Array:
     Of Hinton et al. 2015, arXiv 1503.02531.
     """
     return soft_cross_entropy(student.output, teacher.output)
+
+
+@dataclasses.dataclass(frozen=True)
+class Softened:
+    """T^2 times the cross-entropy of both distributions at a `temperature` T.
+
+    T^2 keeps the gradient's size. Of Hinton et al. 2015, arXiv 1503.02531, section 2.
+    """
+
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"Softened.temperature={self.temperature}: must be over 0")
+
+    def __call__(self, student: Answer, teacher: Answer) -> jax.Array:
+        t = self.temperature
+        return t**2 * soft_cross_entropy(student.output / t, teacher.output / t)
+
+
+def squared(student: Answer, teacher: Answer) -> jax.Array:
+    """(B,) the squared distance of the outputs, for scores, which are no distribution."""
+    return jnp.square(student.output - teacher.output).sum(-1)
 
 
 @dataclasses.dataclass(frozen=True)

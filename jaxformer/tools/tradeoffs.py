@@ -25,6 +25,7 @@ from jaxformer.recipe import Batch, EvalContext, Extra, Params, TrainState
 from jaxformer.train.states import on_device
 
 Row = dict[str, Any]
+WORTH = ("accuracy", "pearson", "agreement")  # the first that is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +83,9 @@ def measure(models: Sequence[Model], evaluator: MeanEvaluator, seconds: float) -
         state = TrainState(0, model.params, model.extra, {}, jax.random.key(0))  # type: ignore[arg-type]
         row: Row = {"model": model.name}
         row |= dataclasses.replace(evaluator, task=model.task)(state, context)
-        likeliest = jax.jit(lambda p, e, b, m=model: m.predict(p, e, b).argmax(-1))
+        decide = jax.jit(lambda p, e, b, m=model: decided(m.predict(p, e, b)))
         variables = ready(model.task, model.params, model.extra)
-        program = functools.partial(likeliest.lower(*variables, batch).compile(), *variables)
+        program = functools.partial(decide.lower(*variables, batch).compile(), *variables)
         programs.append(program)
         found = answers(program, evaluator)
         first = first or found
@@ -107,8 +108,16 @@ def measure(models: Sequence[Model], evaluator: MeanEvaluator, seconds: float) -
     return rows
 
 
+def decided(y: jax.Array) -> jax.Array:
+    """What outputs (..., C) stand for: the likeliest class, or of one output the nearest integer.
+
+    Scores are never equal; of STS-B's, from 0 to 5, integers are the steps people were asked for.
+    """
+    return jnp.round(y[..., 0]) if y.shape[-1] == 1 else y.argmax(-1)
+
+
 def answers(program: Callable[[Batch], Any], evaluator: MeanEvaluator) -> list[np.ndarray]:
-    """The likeliest class of each test example (or position), those of no weight left out."""
+    """What is decided of each test example (or position), those of no weight left out."""
     data, found = evaluator.data, []
     batches = evaluator.batches if evaluator.batches is not None else len(data)  # type: ignore[arg-type]
     for k in range(batches):
@@ -135,8 +144,8 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def pareto(rows: Sequence[Row], path: Path) -> Path:
-    """Accuracy (the share of equal answers, where it is not known) over bytes and over FLOPs."""
-    worth = "accuracy" if "accuracy" in rows[0] else "agreement"
+    """What a task is judged by (else the share of equal answers) over bytes and over FLOPs."""
+    worth = next(name for name in WORTH if name in rows[0])
     fig, axes = figure(path, 2, width=6)
     for axis, cost, unit in zip(axes.flat, ("bytes", "MFLOP"), (1e3, 1.0), strict=True):
         points = [(row[cost] / unit, row[worth]) for row in rows]

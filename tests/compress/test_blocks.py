@@ -332,3 +332,36 @@ def test_moments_are_of_aligned_codes():
 def test_mistakes_are_named(act, said):
     with pytest.raises(ValueError, match=said):
         act()
+
+
+# ------------------------------------------------------------------------- shifts that are given
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_given_largest_values_are_of_the_least_shift_and_clip_nothing(spec):
+    x = heavy()
+    a = blocks.largest_across(x, spec)
+    shifts = compress(x, spec).shifts
+    zero = jnp.abs(blocks._tile(x, spec)).max((1, 3)) == 0
+    least = jnp.where(zero, 127, shifts).min(0)
+    np.testing.assert_array_equal(blocks.shift_of(a, spec.largest), least)
+    error = jnp.abs(quantise(x, spec, a) - x)
+    assert (blocks._tile(error, spec) <= 2.0 ** (-least[None, None, :, None] - 1.0)).all()
+
+
+def test_given_shifts_are_the_blocks_own_where_all_have_the_same_largest_value():
+    spec = BlockSpec(1, 16, 8)
+    x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (20, 48)), jnp.float32)
+    x = x.at[:, ::16].set(jnp.asarray([3.0, -1.2, 11.0]))
+    own = quantise(x, spec)
+    np.testing.assert_array_equal(quantise(x, spec, blocks.largest_across(x, spec)), own)
+    smaller = x.at[0].multiply(0.01)
+    a = blocks.largest_across(smaller, spec)
+    assert (quantise(smaller, spec, a)[0] != quantise(smaller, spec)[0]).any()
+
+
+def test_values_beyond_the_given_ones_are_clipped():
+    spec = BlockSpec(1, 4, 8)
+    found = quantise(jnp.asarray([[1.0, -8.0, 0.5, 100.0]]), spec, jnp.asarray([1.0]))
+    top = 127 / 64  # the shift of 1 is 6
+    np.testing.assert_array_equal(found, [[1.0, -top, 0.5, top]])

@@ -155,6 +155,26 @@ def test_logits_and_round_trip(name, tmp_path_factory, tmp_path):
     assert_same_folder(path, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"), [("Bert", TEXT), ("Roberta", TEXT), ("DistilBert", DISTILBERT)]
+)
+def test_where_answers_begin_and_end(name, fields, tmp_path_factory, tmp_path):
+    config = getattr(transformers, f"{name}Config")(**fields)
+    head = getattr(transformers, f"{name}ForQuestionAnswering")
+    model, path = random_model(head, config, tmp_path_factory)
+    loaded = read(path)
+    arguments, ours, theirs = text(types=TYPES if name == "Bert" else None)
+    task = loaded.port.make_task()
+    batch = {"inputs": jnp.asarray(arguments[0]), "valid": ours["valid_BxL"]}
+    found = task.predict(loaded.params, {}, batch, key=jax.random.key(0))
+    with torch.no_grad():
+        wanted = model(**{k: torch.tensor(x) for k, x in theirs.items()})
+    for i, logits in enumerate((wanted.start_logits, wanted.end_logits)):
+        np.testing.assert_allclose(found[:, i], logits.numpy(), atol=1e-4)
+    huggingface.save(tmp_path / "out", loaded.config, loaded.params)
+    assert_same_folder(path, tmp_path / "out")
+
+
 def test_positions_of_roberta_skip_padding(tmp_path_factory):
     """It counts its positions from the first word, wherever that is."""
     model, path = folder_of("roberta words", tmp_path_factory)

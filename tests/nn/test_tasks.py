@@ -1,4 +1,4 @@
-"""Language and classification tasks: the objective, its weights, what they answer."""
+"""Tasks of language, classes, scores and spans: the objective, its weights, what they answer."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jaxformer.models.encoder import token_classifier
+from jaxformer.models.encoder import Classifier, token_classifier
 from jaxformer.models.lm import decoder_lm
 from jaxformer.models.transformer import Transformer
+from jaxformer.nn.heads import EveryPosition, SpanHead
+from jaxformer.nn.make import Make
 from jaxformer.recipe import ConfigError, Generates, Predicts
 from jaxformer.tasks import linen
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.language import LanguageTask
 from jaxformer.tasks.losses import cross_entropy
+from jaxformer.tasks.regress import RegressTask
+from jaxformer.tasks.spans import SpanTask
 
 KEY = jax.random.key(0)
 TRUNK = Transformer(width=16, depth=1, heads=2)
@@ -22,9 +26,15 @@ LM = LanguageTask(decoder_lm(TRUNK, vocabulary=11, length=6))
 CLASSIFY = ClassifyTask(
     token_classifier(TRUNK, vocabulary=11, length=7, classes=3), label_smoothing=0.1
 )
+REGRESS = RegressTask(token_classifier(TRUNK, vocabulary=11, length=7, classes=1))
+SPANS = SpanTask(
+    Classifier(CLASSIFY.model.encoder, 2, pool=Make(EveryPosition), head=Make(SpanHead))
+)
 CASES = {
     "language": (LM, {"tokens": TOKENS}),
     "classify": (CLASSIFY, {"inputs": TOKENS, "label": jnp.asarray([0, 2, 1, 1])}),
+    "regress": (REGRESS, {"inputs": TOKENS, "label": jnp.asarray([0.5, 2.0, 5.0, 3.2])}),
+    "spans": (SPANS, {"inputs": TOKENS, "label": jnp.asarray([[1, 4], [0, 0], [6, 6], [2, 3]])}),
 }
 
 
@@ -69,7 +79,7 @@ def test_rows_of_weight_zero_change_nothing(name, weights):
         jax.tree.leaves((grad, out)), jax.tree.leaves((padded_grad, padded)), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    assert set(out.metrics) == {"loss", "accuracy"}
+    assert set(out.metrics) == {"loss", *(["accuracy"] if name != "regress" else [])}
     np.testing.assert_allclose(out.metrics["loss"].value(), out.loss)
 
 
@@ -98,7 +108,7 @@ def test_language_task_needs_a_tokenizer_only_for_text():
 
 
 def test_classify_task_names_what_it_reads():
-    with pytest.raises(ConfigError, match=r"reads 'image' or 'inputs', got \['label', 'pixels'\]"):
+    with pytest.raises(ConfigError, match=r"needs 'image' or 'inputs', got \['label', 'pixels'\]"):
         CLASSIFY.init(KEY, {"pixels": TOKENS, "label": TOKENS[:, 0]})
     with pytest.raises(ConfigError, match=r"label_smoothing=1.0: must be in \[0, 1\)"):
         ClassifyTask(CLASSIFY.model, label_smoothing=1.0)
@@ -111,6 +121,37 @@ def test_classify_task_hands_on_what_is_valid(weights):
     predict = jax.jit(lambda batch: CLASSIFY.predict(params, {}, batch, key=KEY))
     first, second = predict(batch), predict(other)
     np.testing.assert_array_equal(first, second)
+
+
+def test_a_score_is_the_output_itself(weights):
+    batch = CASES["regress"][1]
+    params, _ = weights(REGRESS.init, batch)
+    y = np.asarray(REGRESS.predict(params, {}, batch, key=KEY))
+    assert y.shape == (4, 1)
+    out = REGRESS.loss(params, {}, {**batch, "weight": jnp.ones(4)}, key=KEY, train=False)
+    np.testing.assert_allclose(out.loss, np.square(y[:, 0] - batch["label"]).mean(), rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"RegressTask\.model: gives \(3,\) for a row"):
+        RegressTask(CLASSIFY.model).loss(
+            *weights(CLASSIFY.init, batch), batch, key=KEY, train=False
+        )
+
+
+def test_a_span_is_two_positions_that_are_there(weights):
+    valid = jnp.arange(7) < jnp.asarray([5, 7, 7, 4])[:, None]
+    batch = {**CASES["spans"][1], "valid": valid}
+    params, _ = weights(SPANS.init, batch)
+    logits = np.array(SPANS.predict(params, {}, batch, key=KEY))
+    assert logits.shape == (4, 2, 7)
+    out = SPANS.loss(params, {}, batch, key=KEY, train=False)
+    each = []
+    for row, label in enumerate(batch["label"]):
+        shown = logits[row][:, np.asarray(valid[row])]  # padding takes part in no softmax
+        each.append(-log_softmax(shown)[np.arange(2), label].mean())
+    np.testing.assert_allclose(out.loss, np.mean(each), rtol=1e-5)
+    answers = np.where(valid[:, None], logits, -np.inf).argmax(-1)
+    answers[0, 1] = answers[0, 1] + 1 - 2 * (answers[0, 1] == 4)  # one of two is wrong
+    out = SPANS.loss(params, {}, {**batch, "label": answers}, key=KEY, train=False)
+    assert out.metrics["accuracy"].value() == 0.75
 
 
 class Counting(nn.Module):

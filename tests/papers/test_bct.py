@@ -9,6 +9,7 @@ import pytest
 
 import jaxformer
 from jaxformer import paths
+from jaxformer.compress import blocks
 from jaxformer.compress.blocks import decompress, packed_bytes, unpack
 from jaxformer.compress.matrix import as_matrix, from_matrix
 from jaxformer.config import load_config
@@ -17,10 +18,21 @@ from jaxformer.models.transformer import Transformer
 from jaxformer.nn.attention import Fused, Unfused
 from jaxformer.nn.block import stack_layers
 from jaxformer.nn.make import swap
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.papers.bct import model
-from jaxformer.papers.bct.model import Integer, Simulated, compress_parameters, compressed, scheme
+from jaxformer.papers.bct.model import (
+    RANGES,
+    Integer,
+    Simulated,
+    Static,
+    compress_parameters,
+    compressed,
+    scheme,
+)
 from jaxformer.papers.bct.recipe import injection
 from jaxformer.recipe import ConfigError
+from jaxformer.train.fit import FitOptions, fit
+from tests.papers import text_files
 
 KEY = jax.random.key(0)
 SMALL = {"weight_block": (16, 16), "value_block": 16}
@@ -133,6 +145,112 @@ def test_the_other_configurations_run():
         assert 0 < float(jnp.abs(y - exact).max()) < 0.3 * float(jnp.abs(exact).max())
 
 
+# --------------------------------------------------------------------------------- static shifts
+
+HOW = scheme("int8", **SMALL)
+
+
+class Watched(Static):
+    """Counts codes that would have been beyond the largest one."""
+
+    def rounded(self, module, place, x, spec, heads=None):
+        seen = module.get_variable(RANGES, place)
+        scale = 2.0 ** blocks.shift_of(seen, spec.largest)
+        parts = [x] if heads is None else list(jnp.moveaxis(x, heads, 0))
+        for part, row in zip(parts, jnp.atleast_2d(scale), strict=True):
+            codes = jnp.round(blocks._tile(part, spec) * row[None, None, :, None])
+            module.sow("intermediates", place, (jnp.abs(codes) > spec.largest).sum())
+        return super().rounded(module, place, x, spec, heads)
+
+
+def clipped(variables, tokens, valid):
+    """How many codes clip, place by place."""
+    watched = compressed(encoder()[0], Watched(HOW))
+
+    @jax.jit
+    def run(variables):
+        return watched.apply(variables, tokens, valid_BxL=valid, mutable=["intermediates"])[1]
+
+    return jax.tree.leaves(run(variables)["intermediates"])
+
+
+@functools.cache
+def calibrated(**fields):
+    """The static model, and its variables after one batch."""
+    plain, params, tokens, valid = encoder(**fields)
+    static = compressed(plain, Static(HOW))
+    made = jax.jit(static.init)(KEY, tokens, valid_BxL=valid)
+    variables = {"params": compress_parameters(params, HOW), RANGES: made[RANGES]}
+    return static, look(static, variables, tokens, valid)
+
+
+def look(static, variables, tokens, valid):
+    @jax.jit
+    def run(variables):
+        return static.apply(variables, tokens, valid_BxL=valid, mutable=[RANGES])[1]
+
+    return {**variables, **run(variables)}
+
+
+def test_no_code_clips_on_the_batch_that_was_looked_at():
+    static, variables = calibrated()
+    _, _, tokens, valid = encoder()
+    counts = clipped(variables, tokens, valid)
+    assert len(counts) > 60 and sum(counts) == 0
+    again = look(static, variables, tokens, valid)
+    jax.tree.map(np.testing.assert_array_equal, again[RANGES], variables[RANGES])
+    params = jax.tree.map(lambda x: x * 1.5, variables["params"])
+    assert sum(clipped({**variables, "params": params}, tokens, valid)) > 0
+
+
+def test_static_shifts_are_dynamic_ones_where_all_tokens_are_alike():
+    plain, params, tokens, _ = encoder()
+    params = compress_parameters(params, HOW)
+    position = params["encoder"]["position"]
+    params = {**params, "encoder": {**params["encoder"], "position": tree_zeros(position)}}
+    tokens, valid = jnp.full_like(tokens, 7), jnp.ones(tokens.shape, bool)
+    static, made = calibrated()
+    variables = {"params": params, RANGES: tree_zeros(made[RANGES])}
+    variables = look(static, variables, tokens, valid)
+    dynamic = logits(compressed(plain, Simulated(HOW)), params, tokens, valid)
+    run = jax.jit(lambda v, t: static.apply(v, t, valid_BxL=valid))
+    np.testing.assert_array_equal(run(variables, tokens), dynamic)
+    # Other tokens have other largest values, and are then rounded otherwise.
+    others = encoder()[2]
+    dynamic = logits(compressed(plain, Simulated(HOW)), params, others, valid)
+    assert (run(variables, others) != dynamic).any()
+
+
+def tree_zeros(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def test_shifts_are_found_by_a_phase_of_calibration(tmp_path, one_device):
+    recipe = jaxformer.load(
+        "bct:tiny",
+        steps=2,
+        model__depth=1,
+        evaluate__batches=1,
+        compress__static=True,
+        compress__calibration=3,
+    )
+    assert [(p.name, p.steps) for p in recipe.phases][1:] == [("compress", 0), ("calibrate", 3)]
+    options = FitOptions(progress=False, log_every=1)
+    state = fit(recipe, workdir=tmp_path, mesh=one_device, options=options)
+    ranges = jax.tree.leaves(state.extra[RANGES])
+    assert len(ranges) > 25 and all((x > 0).all() for x in ranges)
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    seen = [row["largest"] for row in rows if "largest" in row]
+    assert len(seen) == 3 and seen == sorted(seen)
+    assert any("compressed/accuracy" in row for row in rows)
+
+
+def uncalibrated():
+    static, variables = calibrated()
+    _, _, tokens, valid = encoder()
+    return static.apply({"params": variables["params"]}, tokens, valid_BxL=valid)
+
+
 # ------------------------------------------------------------------------------------ parameters
 
 
@@ -181,6 +299,24 @@ def test_compression_is_a_phase_that_trains_nothing():
     assert (how.weights.rows, how.weights.columns, how.weights.shift_bits) == (32, 32, 6)
 
 
+@pytest.mark.parametrize(
+    ("task", "score"), [("sts-b", "pearson"), ("cola", "matthews"), ("squad", "exact")]
+)
+def test_files_of_tasks_are_trained_on_and_compressed(tmp_path, one_device, task, score):
+    fields = {"batch_size": 8, "outliers__at": "none", "compress__bits": "int8"}
+    if task == "squad":
+        fields |= text_files.squad(tmp_path)
+    else:
+        fields |= text_files.glue(tmp_path, task)
+    recipe = jaxformer.load("bct:tiny", steps=60, **fields)
+    options = FitOptions(progress=False, log_every=60)
+    fit(recipe, workdir=tmp_path / "run", mesh=one_device, options=options)
+    rows = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if f"float/{score}" in row]
+    assert rows[0]["phase"] == "train" and rows[0][f"float/{score}"] > 0.95
+    compressed = rows[-1][f"compressed/{score}"]
+    assert compressed > 0.9 and rows[-1]["compressed/loss"] != rows[0]["float/loss"]
+
+
 # -------------------------------------------------------------------------------------- mistakes
 
 
@@ -193,9 +329,22 @@ def test_compression_is_a_phase_that_trains_nothing():
         (lambda: Integer(scheme("fp8")), r"integer arithmetic has integers of 4 and 8 bits"),
         (lambda: Integer(scheme("float")), r"BlockSpec\.bits=32.* integers of 4 and 8 bits"),
         (lambda: jaxformer.load("bct:tiny", model__order="post"), r"outliers\.at='norms'"),
+        (uncalibrated, r"encoder/embed/output: is not calibrated; run the calibration phase"),
+        (
+            lambda: jaxformer.load("bct:tiny", compress__static=True, compress__integer=True),
+            r"compress\.static=True: is simulated; give compress\.integer=False",
+        ),
+        (
+            lambda: jaxformer.load("bct:tiny", compress__static=True, model__scan=True),
+            r"compress\.static=True: every layer has its own; give model\.scan=False",
+        ),
+        (
+            lambda: jaxformer.load("bct:tiny", compress__static=True, compress__calibration=0),
+            r"compress\.calibration=0: give at least 1 batch",
+        ),
         (lambda: jaxformer.load("bct:tiny", outliers__at="here"), r"outliers\.at='here'"),
         (lambda: jaxformer.load("bct:tiny", init_from="runs/x"), r"config\.steps=60: .* give 0"),
-        (lambda: jaxformer.load("bct:tiny", data__task="sts-b"), r"data\.task='sts-b': has scores"),
+        (lambda: jaxformer.load("bct:tiny", data__task="stsb"), r"data\.task='stsb': must be one"),
     ],
 )
 def test_mistakes_are_named(act, said):

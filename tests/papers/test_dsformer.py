@@ -17,10 +17,16 @@ from jaxformer.compress.intercepted import Intercepted
 from jaxformer.compress.matrix import from_matrix
 from jaxformer.models.encoder import token_classifier
 from jaxformer.models.transformer import Transformer
+from jaxformer.observe.metrics import read_jsonl
 from jaxformer.papers.dsformer import model
 from jaxformer.papers.dsformer.model import FactorisedTask, Method, exported
 from jaxformer.recipe import ConfigError
 from jaxformer.tasks.classify import ClassifyTask
+from jaxformer.tasks.distill import TEACHER
+from jaxformer.tasks.linen import Answer
+from jaxformer.tasks.regress import RegressTask
+from jaxformer.train.fit import FitOptions, fit
+from tests.papers import text_files
 
 KEY = jax.random.key(0)
 TABLE = model.table_of(8, 6, 2, 6, 3, None)
@@ -238,6 +244,36 @@ def test_rows_are_weighted_by_a_scoring_phase():
     assert set(shapes.extra) == {STATE}
 
 
+def test_the_dense_model_may_teach_the_factors():
+    """Half of the loss is T^2 times the cross-entropy of both at T = 2."""
+    recipe = jaxformer.load("dsformer:tiny", factor__distill=0.5, factor__method="frozen")
+    phase, rows = recipe.phases[1], recipe.phases[0].data.batch(0)
+    params, extra = jax.jit(recipe.task.init)(KEY, rows)
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(KEY, x.shape), params)
+    state = jaxformer.recipe.TrainState(jnp.zeros((), jnp.int32), params, extra, {}, KEY)
+    dense = recipe.task.dense.predict(params, extra, rows, key=KEY)
+    state = jax.jit(lambda state: phase.update.init(phase.enter(state)))(state)
+    own = {STATE: state.extra[STATE]}
+    student = recipe.task.factorised.predict(state.params, own, rows, key=KEY)
+    hard = recipe.task.factorised.loss(state.params, own, rows, key=KEY, train=False).loss
+    soft = -(jax.nn.softmax(dense / 2) * jax.nn.log_softmax(student / 2)).sum(-1).mean()
+    after, metrics = jax.jit(phase.update)(state, rows)
+    np.testing.assert_allclose(metrics["loss"].value(), 0.5 * hard + 0.5 * 4 * soft, rtol=1e-4)
+    kept = after.extra[TEACHER]["params"]
+    jax.tree.map(np.testing.assert_array_equal, kept, params)
+    found = recipe.task.predict(after.params, after.extra, rows, key=KEY)
+    assert (found != student).any()  # factors are trained, and the teacher is in nobody's way
+
+
+def test_scores_are_taught_by_their_distance():
+    recipe = jaxformer.load("dsformer:tiny", data__task="sts-b", factor__distill=0.5)
+    task = recipe.phases[1].update.task
+    one, other = (Answer(jnp.asarray(y), {}, {}) for y in ([[1.0], [4.0]], [[3.0], [4.5]]))
+    (_, weight, term), label = task.terms[0], task.label
+    np.testing.assert_array_equal(term(one, other), [4.0, 0.25])
+    assert weight == label == 0.5
+
+
 # -------------------------------------------------------------------------------------- mistakes
 
 
@@ -273,6 +309,14 @@ def stateless():
             r"config\.dense_steps=60: .* give 0",
         ),
         (
+            lambda: jaxformer.load("dsformer:tiny", factor__distill=1.5),
+            r"factor\.distill=1\.5: must be from 0 to 1",
+        ),
+        (
+            lambda: jaxformer.load("dsformer:tiny", factor__distill=1, factor__temperature=0),
+            r"Softened\.temperature=0\.0: must be over 0",
+        ),
+        (
             lambda: jaxformer.load("dsformer:tiny", factor__weighting="all"),
             r"factor\.weighting='all': must be one of none, fisher",
         ),
@@ -287,3 +331,29 @@ def stateless():
 def test_mistakes_are_named(act, said):
     with pytest.raises(ConfigError, match=said):
         act()
+
+
+# --------------------------------------------------------------------------------- real layouts
+
+
+def test_questions_of_squad_are_answered_from_factors(tmp_path, one_device):
+    """A few questions, some with more windows than one, by heart; dense, then factorised."""
+    fields = text_files.squad(tmp_path)
+    recipe = jaxformer.load("dsformer:tiny", dense_steps=30, steps=20, batch_size=8, **fields)
+    windows = recipe.evaluators[0].whole.source.windows
+    assert len(windows) > 6
+    options = FitOptions(progress=False, log_every=50)
+    fit(recipe, workdir=tmp_path / "run", mesh=one_device, options=options)
+    rows = [row for row in read_jsonl(tmp_path / "run/metrics.jsonl") if "test/exact" in row]
+    assert [row["phase"] for row in rows] == ["dense", "factorise"]
+    assert all(row["test/exact"] == row["test/f1"] == 1 for row in rows)
+    guess = recipe.evaluators[0].whole({"answer": np.zeros((len(windows), 2, 20))})
+    assert guess["exact"] < 0.5
+
+
+def test_scores_of_sts_b_are_regressed():
+    recipe = jaxformer.load("dsformer:tiny", data__task="sts-b")
+    assert isinstance(recipe.task.dense, RegressTask)
+    assert isinstance(recipe.task.factorised, RegressTask)
+    assert recipe.task.dense.model.classes == 1
+    assert recipe.evaluators[0].whole.names == ("pearson", "spearman")

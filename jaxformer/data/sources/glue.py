@@ -20,7 +20,9 @@ class GlueTask:
     """How the files of a task lie: columns by header, or by number where there is none.
 
     `labels` are the words of the label column in order of their numbers; without any it is a
-    score. `ragged` files have a few lines that lack columns, which everybody leaves out.
+    score. `ragged` files have a few lines that lack columns, which everybody leaves out. `scores`
+    are what the benchmark judges the task by, over all of its dev set (table 1): "accuracy", or
+    names of `jaxformer.evaluation.scores`.
     """
 
     sentences: tuple[str | int, ...]
@@ -28,6 +30,7 @@ class GlueTask:
     labels: tuple[str, ...] = ("0", "1")
     dev: str = "dev.tsv"
     ragged: bool = False
+    scores: tuple[str, ...] = ("accuracy",)
 
     @property
     def header(self) -> bool:
@@ -42,11 +45,13 @@ _MNLI = GlueTask(
     dev="dev_matched.tsv",
 )
 TASKS: Mapping[str, GlueTask] = {
-    "cola": GlueTask((3,), 1),
+    "cola": GlueTask((3,), 1, scores=("matthews",)),
     "sst-2": GlueTask(("sentence",), "label"),
-    "mrpc": GlueTask(("#1 String", "#2 String"), "Quality"),
-    "sts-b": GlueTask(("sentence1", "sentence2"), "score", ()),
-    "qqp": GlueTask(("question1", "question2"), "is_duplicate", ragged=True),
+    "mrpc": GlueTask(("#1 String", "#2 String"), "Quality", scores=("accuracy", "f1")),
+    "sts-b": GlueTask(("sentence1", "sentence2"), "score", (), scores=("pearson", "spearman")),
+    "qqp": GlueTask(
+        ("question1", "question2"), "is_duplicate", ragged=True, scores=("accuracy", "f1")
+    ),
     "mnli": _MNLI,
     "mnli-mm": dataclasses.replace(_MNLI, dev="dev_mismatched.tsv"),
     "qnli": GlueTask(("question", "sentence"), "label", _ENTAILMENT),

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,18 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+@runtime_checkable
+class Locates(Protocol):
+    """A tokenizer that knows where in a text its tokens are."""
+
+    def locate(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens (n,) as `encode` gives them, and the characters [first, last) (n, 2) of each.
+
+        Characters are those of `text` as it is, whatever the tokenizer makes of it.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +83,10 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def locate(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(found.ids, np.int32), np.asarray(found.offsets, np.int32).reshape(-1, 2)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode([int(t) for t in tokens])
@@ -177,6 +193,19 @@ class NamedTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return self._tokenizer.encode(text)
+
+    def locate(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """As `Locates`.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if not isinstance(self._tokenizer, Locates):
+            raise ConfigError(
+                f"data.tokenizer={self.spec!r}: does not tell where its tokens are; give a "
+                "vocab.txt or a tokenizer.json"
+            )
+        return self._tokenizer.locate(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens)

@@ -38,17 +38,22 @@ TOKENIZERS = (
     "preprocessor_config.json",
     "generation_config.json",
 )
+
+
+def _text(name: str) -> tuple[str, ...]:
+    """The architectures of an encoder of text."""
+    heads = ("MaskedLM", "SequenceClassification", "QuestionAnswering")
+    return tuple(f"{name}For{head}" for head in heads)
+
+
 MODELS = {
     "gpt2": (decoders.gpt2, ("GPT2LMHeadModel",)),
     "llama": (decoders.llama, ("LlamaForCausalLM",)),
     "mistral": (decoders.llama, ("MistralForCausalLM",)),
     "qwen2": (decoders.llama, ("Qwen2ForCausalLM",)),
-    "bert": (encoders.bert, ("BertForMaskedLM", "BertForSequenceClassification")),
-    "roberta": (encoders.bert, ("RobertaForMaskedLM", "RobertaForSequenceClassification")),
-    "distilbert": (
-        encoders.distilbert,
-        ("DistilBertForMaskedLM", "DistilBertForSequenceClassification"),
-    ),
+    "bert": (encoders.bert, _text("Bert")),
+    "roberta": (encoders.bert, _text("Roberta")),
+    "distilbert": (encoders.distilbert, _text("DistilBert")),
     "vit": (vision.vit, ("ViTForImageClassification",)),
     "deit": (
         vision.vit,

@@ -1,18 +1,18 @@
-"""Bidirectional encoders of text: BERT, RoBERTa, DistilBERT, to words or to classes."""
+"""Bidirectional encoders of text: BERT, RoBERTa, DistilBERT, to words, classes or spans."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from jaxformer.interop.huggingface.page import Page
-from jaxformer.interop.huggingface.port import Port, classify, masked
+from jaxformer.interop.huggingface.port import Port, classify, extract, masked
 from jaxformer.interop.layout import Layout, Rule, attention, layers, linear, norm
 from jaxformer.models.encoder import Classifier, Encoder, MaskedLM
 from jaxformer.nn.activation import GELU, RELU, TANH
 from jaxformer.nn.attention import Attention
 from jaxformer.nn.block import Block, PostNorm, Stack
 from jaxformer.nn.embed import Embed, TypedEmbed
-from jaxformer.nn.heads import DensePool, MaskedHead
+from jaxformer.nn.heads import DensePool, EveryPosition, MaskedHead, SpanHead
 from jaxformer.nn.make import Make
 from jaxformer.nn.mlp import MLP
 from jaxformer.nn.norm import LayerNorm
@@ -84,6 +84,8 @@ def bert(page: Page, dtype: str) -> Port:
         ignored += r"|^(cls\.predictions|lm_head)\.decoder\.|^cls\.seq_relationship\.|\.pooler\."
         model = MaskedLM(encoder, head, ("embed", "words", "table"))
         return masked(model, Layout((*trunk, *rules), f"{kind}.", ignored), length)
+    if page.architecture.endswith("ForQuestionAnswering"):
+        return _extracting(encoder, trunk, f"{kind}.", ignored + r"|\.pooler\.", length)
     pooler, head_name = {
         "bert": ("bert.pooler.dense", "classifier"),
         "roberta": ("classifier.dense", "classifier.out_proj"),
@@ -145,6 +147,8 @@ def distilbert(page: Page, dtype: str) -> Port:
         return masked(
             MaskedLM(encoder, head), Layout((*trunk, *rules), "distilbert.", ignored), length
         )
+    if page.architecture.endswith("ForQuestionAnswering"):
+        return _extracting(encoder, trunk, "distilbert.", ignored, length)
     rules = (*linear("pool/dense", "pre_classifier"), *linear("head", "classifier"))
     model = Classifier(
         encoder,
@@ -153,6 +157,15 @@ def distilbert(page: Page, dtype: str) -> Port:
         dropout=page.number("seq_classif_dropout", 0.2),
     )
     return classify(model, Layout((*trunk, *rules), "distilbert.", ignored), length)
+
+
+def _extracting(
+    encoder: Make, trunk: tuple[Rule, ...], prefix: str, ignored: str, length: int
+) -> Port:
+    """The encoder with a head for where an answer begins and ends."""
+    layout = Layout((*trunk, *linear("head/linear", "qa_outputs")), prefix, ignored)
+    model = Classifier(encoder, 2, Make(EveryPosition), Make(SpanHead))
+    return extract(model, layout, length)
 
 
 def _encoder(

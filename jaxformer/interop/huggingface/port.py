@@ -11,10 +11,12 @@ from flax import linen as nn
 
 from jaxformer.interop.layout import Layout
 from jaxformer.recipe import Batch, Params, Task
+from jaxformer.tasks.answers import AnswerTask
 from jaxformer.tasks.classify import ClassifyTask
 from jaxformer.tasks.language import LanguageTask, Tokenizer
 from jaxformer.tasks.masked import MaskedLanguageTask
 from jaxformer.tasks.rewrite import RewriteTask
+from jaxformer.tasks.spans import SpanTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Port:
     length: int | None = None
 
     def make_task(self, tokenizer: Tokenizer | None = None) -> Task:
-        if self.task is ClassifyTask:
+        if issubclass(self.task, AnswerTask):
             return self.task(self.model)
         return self.task(self.model, tokenizer)
 
@@ -56,6 +58,11 @@ def masked(model: nn.Module, layout: Layout, length: int) -> Port:
 def classify(model: nn.Module, layout: Layout, length: int) -> Port:
     """A model that classifies texts."""
     return Port(model, layout, ClassifyTask, {"inputs": _tokens(2)}, length)
+
+
+def extract(model: nn.Module, layout: Layout, length: int) -> Port:
+    """A model that finds where in a text an answer is."""
+    return Port(model, layout, SpanTask, {"inputs": _tokens(2)}, length)
 
 
 def look(model: nn.Module, layout: Layout, size: int, channels: int) -> Port:

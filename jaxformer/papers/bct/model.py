@@ -34,6 +34,7 @@ from jaxformer.compress.blocks import (
     BlockSpec,
     compress,
     decompress,
+    largest_across,
     pack,
     quantise,
 )
@@ -168,9 +169,13 @@ class Simulated:
     scheme: Scheme
 
     def __call__(self, method: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module, name = context.module, context.method_name
-        if module.is_initializing():
+        if context.module.is_initializing():
             return method(*args, **kwargs)
+        return self.around(method, args, kwargs, context)
+
+    def around(self, method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """The method with what goes in and what comes out of it compressed."""
+        module, name = context.module, context.method_name
         if isinstance(module, Einsum):
             return self.linear(method, module, *args) if name == "contract" else method(*args)
         if isinstance(module, Residual):
@@ -181,55 +186,119 @@ class Simulated:
         if isinstance(module, Scores):
             return self.scores(method, module, *args)
         if isinstance(module, Softmax):
-            return self.softmax(method, *args)
+            return self.softmax(method, module, *args)
         if isinstance(module, Mix):
-            return self.mix(method, *args)
+            return self.mix(method, module, *args)
         if isinstance(module, Activation):
             return self.activation(method, module, *args)
         if isinstance(module, Norm):
             return self.norm(method, module, *args)
         if isinstance(module, LearnedPosition | SinusoidalPosition):
-            return self.position(method, *args, **kwargs)
+            return self.position(method, module, *args, **kwargs)
         if isinstance(module, Embed | TypedEmbed | MeanPool):
-            return self.values(method(*args, **kwargs))
+            return self.values(module, "output", method(*args, **kwargs))
         return method(*args, **kwargs)
 
-    def values(self, x: jax.Array, axes: int = 1) -> jax.Array:
+    def rounded(
+        self, module: Any, place: str, x: jax.Array, spec: BlockSpec, heads: int | None = None
+    ) -> jax.Array:
+        """Values at a place of a module, in blocks; here each by its own largest value.
+
+        `heads` is the axis of heads, where it is not among the features.
+        """
+        del module, place, heads
+        return quantise(x, spec)
+
+    def values(
+        self, module: Any, place: str, x: jax.Array, axes: int = 1, heads: int | None = None
+    ) -> jax.Array:
         """Values in blocks along their features, the last so many axes."""
-        return quantise(_flat(x, axes), self.scheme.values).reshape(x.shape)
+        flat = _flat(x, axes)
+        return self.rounded(module, place, flat, self.scheme.values, heads).reshape(x.shape)
 
     def linear(self, method: Any, module: Einsum, x: Any, kernel: Any, bias: Any) -> jax.Array:
         """Output heads, which ask for float32, stay as they are summed."""
         axes = Axes.of(module.equation)
         inputs = sum(axis not in axes.out for axis in axes.x)
         outputs = sum(axis not in axes.x for axis in axes.out)
-        y = method(self.values(x, inputs), kernel, bias)
-        return y if module.out_dtype is not None else self.values(y, outputs)
+        y = method(self.values(module, "input", x, inputs), kernel, bias)
+        return y if module.out_dtype is not None else self.values(module, "output", y, outputs)
 
     def scores(self, method: Any, module: Scores, q: jax.Array, k: jax.Array) -> jax.Array:
         """Not compressed before the softmax, which knows what is visible."""
-        return method(self.values(q), self.values(k))
+        q, k = (self.values(module, x, y, heads=2) for x, y in (("query", q), ("key", k)))
+        return method(q, k)
 
-    def softmax(self, method: Any, s: jax.Array, visible: jax.Array) -> jax.Array:
-        s = self.values(jnp.where(visible, s, 0.0))  # what is masked enters no block
-        p = method(quantise(s, self.scheme.row), visible)
-        return quantise(p, self.scheme.probs)
+    def softmax(self, method: Any, module: Softmax, s: jax.Array, visible: jax.Array) -> jax.Array:
+        s = jnp.where(visible, s, 0.0)  # what is masked enters no block
+        s = self.values(module, "scores", s, heads=1)
+        p = method(self.rounded(module, "row", s, self.scheme.row, 1), visible)
+        return self.rounded(module, "probabilities", p, self.scheme.probs, 1)
 
-    def mix(self, method: Any, p: jax.Array, v: jax.Array) -> jax.Array:
-        return self.values(method(quantise(p, self.scheme.probs), self.values(v)), 2)
+    def mix(self, method: Any, module: Mix, p: jax.Array, v: jax.Array) -> jax.Array:
+        p = self.rounded(module, "probabilities", p, self.scheme.probs, 1)
+        y = method(p, self.values(module, "value", v, heads=2))
+        return self.values(module, "output", y, 2)
 
     def activation(self, method: Any, module: Activation, x: jax.Array) -> jax.Array:
-        return self.values(method(self.values(x)))
+        return self.values(module, "output", method(self.values(module, "input", x)))
 
     def norm(self, method: Any, module: Norm, x: jax.Array) -> jax.Array:
-        return self.values(method(quantise(self.values(x), self.scheme.row)))
+        row = self.rounded(module, "row", self.values(module, "input", x), self.scheme.row)
+        return self.values(module, "output", method(row))
 
-    def position(self, method: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        return self.values(method(x, *args, **kwargs))
+    def position(self, method: Any, module: Any, x: jax.Array, *args: Any, **kw: Any) -> jax.Array:
+        return self.values(module, "output", method(x, *args, **kw))
 
     def join(self, method: Any, module: Residual, x: Any, y: Any, **kwargs: Any) -> jax.Array:
         """A residual sum, compressed before a norm reads it."""
-        return self.values(method(x, y, **kwargs))
+        return self.values(module, "sum", method(x, y, **kwargs))
+
+
+RANGES = "ranges"  # of a state's `extra`: the largest values of blocks, at every place of a module
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(Simulated):
+    """The same with shifts that were fixed beforehand, the least that calibration has seen.
+
+    Blocks are of one token's features, so there is one shift for each block of features (and each
+    head), over all tokens, padding too, and examples. The state has their largest values: the shift
+    of the largest is the least. While the collection is mutable values are seen, and are rounded as
+    they will be later; then what is larger is clipped.
+
+    Raises:
+        ConfigError: the state has no ranges.
+    """
+
+    def __call__(self, method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        return self.around(method, args, kwargs, context)  # also where variables are made
+
+    def rounded(
+        self, module: Any, place: str, x: jax.Array, spec: BlockSpec, heads: int | None = None
+    ) -> jax.Array:
+        if spec.bits == OFF:
+            return x
+
+        def look(x: jax.Array) -> jax.Array:
+            return largest_across(x, spec)
+
+        def run(x: jax.Array, seen: jax.Array) -> jax.Array:
+            return quantise(x, spec, seen)
+
+        if heads is not None and spec.rows is not None:
+            look, run = jax.vmap(look, heads), jax.vmap(run, (heads, 0), heads)
+        if module.is_initializing():
+            module.put_variable(RANGES, place, jnp.zeros(jax.eval_shape(look, x).shape))
+            return x
+        if not module.has_variable(RANGES, place):
+            name = "/".join((*module.path, place))
+            raise ConfigError(f"{name}: is not calibrated; run the calibration phase first")
+        seen = module.get_variable(RANGES, place)
+        if module.is_mutable_collection(RANGES):
+            seen = jnp.maximum(seen, look(x))
+            module.put_variable(RANGES, place, seen)
+        return run(x, seen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,11 +349,11 @@ class Integer(Simulated):
             return Fixed(s.n, s.e + (size.bit_length() - 1) // 2).value
         return s.value * (module.scale or size**-0.5)
 
-    def softmax(self, method: Any, s: jax.Array, visible: jax.Array) -> jax.Array:
+    def softmax(self, method: Any, module: Softmax, s: jax.Array, visible: jax.Array) -> jax.Array:
         s = self.read(jnp.where(visible, s, 0.0))
         return self.write(softmax(s, visible, self.scheme.values.bits), self.scheme.probs)
 
-    def mix(self, method: Any, p: jax.Array, v: jax.Array) -> jax.Array:
+    def mix(self, method: Any, module: Mix, p: jax.Array, v: jax.Array) -> jax.Array:
         room = headroom(p.shape[-1], self.scheme.probs, self.scheme.values)
         p = self.read(p, self.scheme.probs)
         v = Fixed(*(jnp.moveaxis(part, 1, -1) for part in self.read(v)))  # (B, H, K, S)
@@ -308,10 +377,10 @@ class Integer(Simulated):
             y = y * module.get_variable("params", "scale")
         if module.use_bias:
             y = y + module.get_variable("params", "bias")
-        return self.values(y)
+        return self.values(module, "output", y)
 
-    def position(self, method: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        rows = method(jnp.zeros_like(x), *args, **kwargs)
+    def position(self, method: Any, module: Any, x: jax.Array, *args: Any, **kw: Any) -> jax.Array:
+        rows = method(jnp.zeros_like(x), *args, **kw)
         return self.write(add(self.read(x), self.read(rows)))
 
     def join(self, method: Any, module: Residual, x: Any, y: Any, **kwargs: Any) -> jax.Array:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxformer.compress.outliers import at_norms, at_values, draw_channels
@@ -12,18 +15,29 @@ from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.models.transformer import require
 from jaxformer.nn.attention import head_sizes
 from jaxformer.papers.bct.model import (
+    RANGES,
     Integer,
     Scheme,
     Simulated,
+    Static,
     compress_parameters,
     compressed,
     scheme,
 )
-from jaxformer.recipe import InitFrom, Phase, Recipe, TrainState
+from jaxformer.recipe import (
+    Batch,
+    Extra,
+    InitFrom,
+    Mean,
+    Metrics,
+    Phase,
+    Recipe,
+    TrainState,
+)
 from jaxformer.setups.imported import adopt
-from jaxformer.setups.texts import text_data, text_model
-from jaxformer.tasks.classify import ClassifyTask
-from jaxformer.train.updates import GradientUpdate
+from jaxformer.setups.texts import text_data, text_model, text_task
+from jaxformer.tasks.answers import AnswerTask, inputs_of
+from jaxformer.train.updates import ForwardUpdate, GradientUpdate
 
 OUTLIERS = ("none", "norms", "values")
 
@@ -34,11 +48,10 @@ def build(config: ConfigDict) -> Recipe:
     The task of the whole is the compressed model; the update has the plain one.
     """
     adopt(config)
-    plain = ClassifyTask(text_model(config))
+    plain = text_task(config, text_model(config))
     how = scheme_of(config)
-    arithmetic = Integer(how) if config.compress.integer else Simulated(how)
-    task = ClassifyTask(compressed(plain.model, arithmetic))
-    train, test = text_data(config)
+    task = text_task(config, compressed(plain.model, arithmetic_of(config)(how)))
+    train, test, whole = text_data(config)
     if config.init_from and config.steps:
         raise ConfigError(
             f"config.steps={config.steps}: the run init_from={config.init_from!r} has been "
@@ -48,12 +61,47 @@ def build(config: ConfigDict) -> Recipe:
         Phase("train", config.steps, train, GradientUpdate.of(plain, config)),
         Phase("compress", enter=compress(config, how)),
     ]
-    evaluators = [MeanEvaluator(task, test, "compressed", "end")]
+    if config.compress.static:
+        look = ForwardUpdate(functools.partial(calibrate, task))
+        phases.append(Phase("calibrate", config.compress.calibration, train, look))
+    evaluators = [MeanEvaluator(task, test, "compressed", "end", whole=whole)]
     if config.steps:
         every = config.evaluate.every or "phase_end"
-        evaluators.append(MeanEvaluator(plain, test, "float", every))
+        evaluators.append(MeanEvaluator(plain, test, "float", every, whole=whole))
     source = InitFrom(config.init_from) if config.init_from else None
     return Recipe(task, phases, evaluators, init_from=source, unit="pairs")
+
+
+def arithmetic_of(config: ConfigDict) -> type[Simulated]:
+    """How compressed values are computed with.
+
+    Raises:
+        ConfigError: `compress.static` beside what it does not go with.
+    """
+    fields = config.compress
+    if not fields.static:
+        return Integer if fields.integer else Simulated
+    if fields.integer:
+        raise ConfigError("compress.static=True: is simulated; give compress.integer=False")
+    if config.model.scan:
+        raise ConfigError("compress.static=True: every layer has its own; give model.scan=False")
+    if fields.calibration < 1:
+        raise ConfigError(
+            f"compress.calibration={fields.calibration}: give at least 1 batch for static shifts"
+        )
+    return Static
+
+
+def calibrate(
+    task: AnswerTask, state: TrainState, batch: Batch, key: jax.Array
+) -> tuple[Extra, Metrics]:
+    """The largest values of the batch in the collection of static shifts, beside those before."""
+    del key
+    inputs, masks = inputs_of(batch)
+    variables = {"params": state.params, RANGES: state.extra[RANGES]}
+    _, found = task.model.apply(variables, inputs, mutable=[RANGES], **masks)
+    largest = jnp.stack([x.max() for x in jax.tree.leaves(found[RANGES])])
+    return {**state.extra, **found}, {"largest": Mean.of(largest.max())}
 
 
 def scheme_of(config: ConfigDict) -> Scheme:

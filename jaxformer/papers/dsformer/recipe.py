@@ -19,8 +19,10 @@ from jaxformer.models.transformer import require
 from jaxformer.papers.dsformer.model import FactorisedTask, Method, table_of
 from jaxformer.recipe import Batch, Extra, InitFrom, Mean, Metrics, Phase, Recipe, Task, TrainState
 from jaxformer.setups.imported import adopt
-from jaxformer.setups.texts import text_data, text_model
-from jaxformer.tasks.classify import ClassifyTask
+from jaxformer.setups.texts import text_data, text_model, text_task
+from jaxformer.tasks.answers import AnswerTask
+from jaxformer.tasks.distill import DistillTask, Softened, as_teacher, squared
+from jaxformer.tasks.regress import RegressTask
 from jaxformer.train.optim import build as build_optimizer
 from jaxformer.train.updates import ForwardUpdate, GradientUpdate
 
@@ -35,9 +37,10 @@ def build(config: ConfigDict) -> Recipe:
     require("factor.weighting", fields.weighting, WEIGHTINGS)
     model = text_model(config)
     method = method_of(config)
-    dense, factorised = ClassifyTask(model), ClassifyTask(method.model(model))
+    dense = text_task(config, model)
+    factorised = text_task(config, method.model(model))
     task = FactorisedTask(dense, factorised)
-    train, test = text_data(config)
+    train, test, whole = text_data(config)
     if config.init_from and config.dense_steps:
         raise ConfigError(
             f"config.dense_steps={config.dense_steps}: the run init_from={config.init_from!r} has "
@@ -55,9 +58,10 @@ def build(config: ConfigDict) -> Recipe:
     if weighted:
         collect = ForwardUpdate(fisher(dense, method))
         phases.append(Phase("score", fields.score_steps, train, collect, zeros(method)))
-    last = update(factorised, config.steps, config.rate_scale)
-    phases.append(Phase("factorise", config.steps, train, last, enter(method, weighted)))
-    evaluator = MeanEvaluator(task, test, "test", config.evaluate.every or "phase_end")
+    last = update(taught(config, factorised, dense), config.steps, config.rate_scale)
+    start = enter(method, weighted, teacher=bool(fields.distill))
+    phases.append(Phase("factorise", config.steps, train, last, start))
+    evaluator = MeanEvaluator(task, test, "test", config.evaluate.every or "phase_end", whole=whole)
     source = InitFrom(config.init_from, fresh=config.fresh) if config.init_from else None
     return Recipe(task, phases, [evaluator], init_from=source, unit="pairs")
 
@@ -69,8 +73,29 @@ def method_of(config: ConfigDict) -> Method:
     return Method(f.method, table, f.every, f.rounds, f.ratio)
 
 
-def enter(method: Method, weighted: bool) -> Callable[[TrainState], TrainState]:
-    """The factorisation of a trained state: pure, of known shapes."""
+def taught(config: ConfigDict, factorised: AnswerTask, dense: AnswerTask) -> Task:
+    """What the factors are trained on: the labels, and if asked what the dense model says.
+
+    Raises:
+        ConfigError: a weight that is no share.
+    """
+    weight = config.factor.distill
+    if not 0 <= weight <= 1:
+        raise ConfigError(f"factor.distill={weight}: must be from 0 to 1")
+    if not weight:
+        return factorised
+    scores = isinstance(dense, RegressTask)
+    term = squared if scores else Softened(config.factor.temperature)
+    return DistillTask(factorised, dense, (("distill", weight, term),), label=1 - weight)
+
+
+def enter(
+    method: Method, weighted: bool, *, teacher: bool = False
+) -> Callable[[TrainState], TrainState]:
+    """The factorisation of a trained state, beside which it may stay as the `teacher`.
+
+    Pure, of known shapes.
+    """
 
     def factorise(state: TrainState) -> TrainState:
         key = jax.random.fold_in(state.key, 2**31)  # no step is so late
@@ -78,7 +103,9 @@ def enter(method: Method, weighted: bool) -> Callable[[TrainState], TrainState]:
         weights = None if weights is None else {k: v for k, v in _flat(weights).items()}
         params, kept = method.enter(state.params, key, weights)
         extra = {name: tree for name, tree in state.extra.items() if name not in (FISHER, STATE)}
-        return state.replace(params=params, extra={**extra, **({STATE: kept} if kept else {})})
+        told = as_teacher(state.params, extra) if teacher else {}
+        extra = {**extra, **told, **({STATE: kept} if kept else {})}
+        return state.replace(params=params, extra=extra)
 
     return factorise
 
