@@ -11,10 +11,10 @@ def get_config(preset: str) -> ConfigDict:
     """The digits, pruned to half of the latency."""
     config = base("nvit")
     config.model = {
-        "width": 64,
+        "width": 48,
         "depth": 4,
         "heads": 4,
-        "hidden": 256,
+        "hidden": 192,
         "patch": 2,
         "dropout": 0.0,
         "drop_path": 0.0,
@@ -22,13 +22,15 @@ def get_config(preset: str) -> ConfigDict:
         "remat": "none",
         "dtype": "float32",
     }
+    # A wider model, or one that trains on for longer, makes up for whatever was removed: of width
+    # 64, with 900 and 300 steps, random groups came within 2 points.
     config.prune = {
-        "steps": 900,
+        "steps": 450,
         "ranking": "hessian",  # hessian | magnitude (of each list alike) | random
         "target": 0.5,  # of the latency of the whole model
-        "interval": 10,  # steps between two rounds
+        "interval": 5,  # steps between two rounds
         "groups_per_round": 1.0,
-        "groups": {"embedding": 8, "head": 1, "qk": 4, "value": 4, "mlp": 16},  # units of one
+        "groups": {"embedding": 4, "head": 1, "qk": 2, "value": 2, "mlp": 8},  # units of one
         "eta": 4.04e-5,  # what a block's whole latency is worth; 0: score alone
         "latency_table": "",  # an .npz of jaxformer.analyze.latency; none: the formula
         "norm": "masked",  # masked | legacy: over removed channels too, as the authors' code
@@ -39,7 +41,7 @@ def get_config(preset: str) -> ConfigDict:
         "temperature": 3.0,
     }
     config.fine_tune = {
-        "steps": 300,
+        "steps": 150,
         "optimizer": "adamw",
         "learning_rate": 1e-3,
         "schedule": "cosine",
