@@ -31,6 +31,7 @@ def get_config(preset: str) -> ConfigDict:
         "root": "",  # has train/<class>/* and val/<class>/*; none: scikit-learn's digits
         "size": 16,
         "classes": 10,
+        "images": 0,  # of the digits: how many to train on, the others are tested on; 0: 1437
     }
     config.teacher_steps = 200
     config.step_rate = 0.1  # the learning rate of steps of weights, of that of all else

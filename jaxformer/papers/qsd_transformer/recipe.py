@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jaxformer.compress.lsq import clamped_steps
 from jaxformer.data.base import Data, Deferred, Epoch, IndexedData
-from jaxformer.data.sources.image import digits
+from jaxformer.data.sources.image import divided_digits
 from jaxformer.data.sources.imagenet import imagenet
 from jaxformer.data.transforms import Enlarge
 from jaxformer.errors import ConfigError
@@ -140,9 +140,11 @@ def images(config: ConfigDict) -> tuple[Data, Any]:
     weighed = {"weight": ((), np.float32), **row}
 
     def make_train() -> IndexedData:
-        return IndexedData(digits("train"), rows, config.seed, enlarge)
+        few, _ = divided_digits(where.images, config.seed)
+        return IndexedData(few, rows, config.seed, enlarge)
 
     def make_test() -> Epoch:
-        return Epoch(digits("test"), rows, transforms=enlarge, limit=limit)
+        _, rest = divided_digits(where.images, config.seed)
+        return Epoch(rest, rows, transforms=enlarge, limit=limit)
 
     return Deferred(make_train, rows, row), Deferred(make_test, rows, weighed)
