@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,14 @@ def reconstruction(lab: Lab) -> Findings:
 
 # ------------------------------------------------------------------------------------ the encoder
 
-METHODS = ("weight", "frozen", "svd")
+METHODS = ("weight", "coef", "frozen", "svd")
 SEEDS = 3
+# Far beyond the paper's: at 2.8 and 5.4 times, 600 steps bring all but the SVD to what can be told.
+TIGHT = {"atoms": 8, "nonzeros": 1, "up_atoms": 16, "up_nonzeros": 2, "ratio": 6.65}
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "2.8 times, weight": {"method": "weight"},
+    **{f"6.65 times, {method}": {"method": method, **TIGHT} for method in METHODS},
+}
 
 
 def accuracy(recipe: Recipe, state: TrainState) -> float:
@@ -123,43 +129,42 @@ def encoder(lab: Lab) -> Findings:
         options = FitOptions(seed=lab.seed, progress=lab.progress)
         state = fit(alone, workdir=folder, options=options)
         dense = accuracy(recipe, state)
-        found: dict[str, list[float]] = {name: [] for name in METHODS}
+        found: dict[str, list[float]] = {name: [] for name in ARMS}
         before: dict[str, float] = {}
         moved = 0
-        for method in METHODS:
+        for name, choices in ARMS.items():
+            fields = {f"factor__{field}": value for field, value in choices.items()}
+            one = lab.recipe(init_from=folder, dense_steps=0, **fields)
             for i in range(SEEDS):
                 seed = 100 * lab.seed + i
-                fields = {"init_from": folder, "dense_steps": 0, "factor__method": method}
-                one = lab.recipe(**{**fields, "seed": lab.seed})
                 enter = jax.jit(one.phases[-1].enter)
                 start = enter(state.replace(key=jax.random.key(seed)))
                 if not i:
-                    before[method] = accuracy(one, start)
+                    before[name] = accuracy(one, start)
                 trained = fit(
                     dataclasses.replace(one, evaluators=()),
                     options=FitOptions(seed=seed, progress=lab.progress),
                 )
-                found[method].append(accuracy(one, trained))
-                if method == "weight" and not i:
+                found[name].append(accuracy(one, trained))
+                if name == "2.8 times, weight" and not i:
                     moved = changed_rows(start.extra[STATE], trained.extra[STATE])
     mean = {name: float(np.mean(x)) for name, x in found.items()}
     config = _config(recipe)
     size = ratios(state.params, method_of(config).table, config.factor.ratio)
+    tight = {method: mean[f"6.65 times, {method}"] for method in METHODS}
     values = {
         "dense": dense,
-        **{f"{name}_accuracy": x for name, x in mean.items()},
-        **{f"{name}_before": x for name, x in before.items()},
-        "gain_frozen": mean["weight"] - mean["frozen"],
-        "gain_svd": mean["weight"] - mean["svd"],
-        "drop": dense - mean["weight"],
+        **{f"{name}, accuracy": x for name, x in mean.items()},
+        "gain_frozen": tight["coef"] - tight["frozen"],
+        "gain_svd": tight["coef"] - tight["svd"],
+        "drop": dense - mean["2.8 times, weight"],
         "changed_rows": float(moved),
         "ratio": size["dense_sparse"],
-        "ratio_svd": size["svd"],
     }
     rows = [
         {"method": name, "before training": before[name], "after": mean[name]}
         | {f"seed {i}": x for i, x in enumerate(found[name])}
-        for name in METHODS
+        for name in ARMS
     ]
     return Findings(values, {f"Accuracy %, dense {dense:.4g}": rows}, [plot(lab, dense, rows)])
 
@@ -180,7 +185,7 @@ def plot(lab: Lab, dense: float, rows: list[dict[str, Any]]) -> Path:
         axis.bar_label(bars, fmt="%.1f")
     axis.axhline(dense, linestyle=":", color="k", label="dense")
     axis.set(ylabel="accuracy %", ylim=(0, 112))
-    axis.set_xticks(at + 0.2, [row["method"] for row in rows])
+    axis.set_xticks(at + 0.2, [row["method"].replace(", ", "\n") for row in rows])
     axis.legend(loc="lower right")
     fig.savefig(path, dpi=110)
     return path
@@ -233,13 +238,14 @@ CLAIMS = (
         at_most=2.0,
     ),
     claim(
-        "Straight-through training is better than training what was factorised once (points).",
+        "At 6.65 times straight-through training of S, whose support changes, is better than "
+        "training what was factorised once (points, mean of 3 seeds).",
         "gain_frozen",
         baseline="frozen supports",
         at_least=0.5,
     ),
     claim(
-        "And better than thin factors of the same size (points).",
+        "And better than thin factors of the same size (points, mean of 3 seeds).",
         "gain_svd",
         baseline="SVD, trained alike",
         at_least=1.0,
