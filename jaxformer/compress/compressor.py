@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from jaxformer.compress.calibration import CalibrationUpdate, opened
+from jaxformer.compress.calibration import CalibrationUpdate, completed, opened
 from jaxformer.compress.integer import QuantizedModel
 from jaxformer.compress.intercepted import prepared
 from jaxformer.compress.packed import has_packed, pack_kernels
@@ -65,6 +65,8 @@ class Calibrated:
         self, task: Any, params: Params, extra: Extra, batch: Batch
     ) -> tuple[Params, Extra, Facts]:
         check_unpacked(params)
+        task = opened(task)
+        params = completed(task, params, batch)
         update = CalibrationUpdate(task, self.rules, FixedData(batch), self.procedure)
         state, _ = update(TrainState(0, params, extra, {}, None), batch)  # type: ignore[arg-type]
         check_same(task, params, state.params, extra, batch)
