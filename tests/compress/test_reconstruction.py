@@ -87,13 +87,15 @@ def test_every_block_errs_less(run):
     assert list(read) == ["encoder/embed", *(f"encoder/stack/block_{i}" for i in (0, 1)), "head"]
     errors = [
         {
-            name: float(jnp.square(y - wanted[name]).mean())
+            name: float((divergence if name == "head" else mean_error)(y, wanted[name]))
             for name, y in watched(quantised, s.params, s.extra, batch, read)[1].items()
         }
         for s in (calibrated, last)
     ]
-    for name, error in errors[0].items():
-        assert errors[1][name] < 0.97 * error, (name, error, errors[1][name])
+    before, after = errors
+    assert all(after[name] <= before[name] for name in before), errors
+    for name in [name for name in before if "block" in name]:
+        assert after[name] < 0.95 * before[name], errors
 
 
 def test_weights_are_steps_next_to_the_float_ones(run):
@@ -107,13 +109,17 @@ def test_weights_are_steps_next_to_the_float_ones(run):
             continue
         for part in ("scale", "zero"):
             np.testing.assert_array_equal(new[f"{name}/{part}"], old[f"{name}/{part}"])
+        if (after[name] == before[name]).all():
+            assert "block" not in name  # the others may have been left as they were
+            continue
         steps, own = (x[name] / old[f"{name}/scale"] for x in (after, before))
         np.testing.assert_allclose(steps, jnp.round(steps), atol=1e-4)
         assert jnp.abs(jnp.round(steps) - own).max() <= 1 + 1e-4
         moved += int((jnp.round(steps) != jnp.round(own)).sum())
     assert moved > 100  # to the farther neighbour
     scales = [n for n in old if n.endswith("/scale") and "kernel" not in n]
-    assert scales and all((new[n] != old[n]).any() and (new[n] > 0).all() for n in scales)
+    assert all((new[n] > 0).all() for n in scales)
+    assert all((new[n] != old[n]).any() for n in scales if "block" in n)
     assert all((new[n] == old[n]).all() for n in old if not n.endswith("/scale"))
 
 
@@ -274,7 +280,10 @@ def test_swin_is_reconstructed_merges_included():
         (state.params, state.extra[COLLECTION])
     )
     named, scales = paths.leaves(new), paths.leaves(states)
-    for name in [name for name in named if name.endswith("kernel")]:
+    old = paths.leaves(state.params)
+    trained = [n for n in named if n.endswith("kernel") and (named[n] != old[n]).any()]
+    assert "encoder/merge_1/reduction/kernel" in trained and len(trained) > 10
+    for name in trained:
         steps = named[name] / scales[f"{name}/scale"]
         np.testing.assert_allclose(steps, jnp.round(steps), atol=1e-4, err_msg=name)
     before, after = (metrics[f"error_{name}"].value() for name in ("calibrated", "reconstructed"))
