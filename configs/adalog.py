@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from jaxformer.config import base
-from jaxformer.setups.fields import post_training
+from jaxformer.setups.fields import post_training, reconstruction
 
 PRESETS = ("tiny", "small", "paper")
 
@@ -12,4 +12,5 @@ def get_config(preset: str) -> ConfigDict:
     """A ViT of digits with outliers, or DeiT-S of ImageNet."""
     config = base("adalog")
     post_training(config, preset)
+    reconstruction(config, preset, float_share=1.0)
     return config

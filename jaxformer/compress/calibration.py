@@ -9,18 +9,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxformer import paths
 from jaxformer.compress.intercepted import Intercepted
 from jaxformer.compress.quantized import COLLECTION, Quantized
 from jaxformer.compress.walk import Procedure, walk
 from jaxformer.nn.attention import Fused, Unfused
-from jaxformer.nn.make import swap
+from jaxformer.nn.make import Make, swap
+from jaxformer.nn.patch import PatchMerge
 from jaxformer.recipe import Batch, Data, Mean, Metrics, Params, Task, TrainState
 from jaxformer.train.states import on_device
 
 
 def opened(task: Any) -> Any:
-    """A task whose model's attention is spelt out, product by product."""
-    return dataclasses.replace(task, model=swap(task.model, Fused, Unfused))
+    """A task whose model's attention is spelt out, product by product.
+
+    Merged patches get the bias that surgery of the norm before them needs; see `completed`.
+    """
+    model = swap(task.model, Fused, Unfused)
+    model = swap(model, PatchMerge, Make(PatchMerge, use_bias=True))
+    return dataclasses.replace(task, model=model)
+
+
+def completed(task: Any, params: Params, batch: Batch) -> Params:
+    """Parameters with zeros for those biases of an opened task that its model had not before."""
+    made = paths.leaves(jax.eval_shape(lambda b: task.init(jax.random.key(0), b)[0], batch))
+    named = paths.leaves(params)
+    new = [name for name in made if name not in named and name.endswith("/reduction/bias")]
+    if not new:
+        return params
+    return paths.nest({**named, **{name: jnp.zeros(made[name].shape) for name in new}})
 
 
 def quantized_task(task: Any, rules: Quantized) -> Any:
@@ -49,9 +66,11 @@ class CalibrationUpdate:
     def init(self, state: TrainState) -> TrainState:
         rows = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.data.spec())
         task: Task = quantized_task(self.task, self.rules)
-        _, extra = task.init(jax.random.key(0), on_device(self.data, rows))
+        batch = on_device(self.data, rows)
+        _, extra = task.init(jax.random.key(0), batch)
         extra = {**state.extra, COLLECTION: extra[COLLECTION]}
-        return state.replace(opt_state={}, extra=extra)
+        params = completed(opened(self.task), state.params, batch)
+        return state.replace(opt_state={}, params=params, extra=extra)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         task, procedure = opened(self.task), self.procedure(state.params)

@@ -15,11 +15,12 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from jaxformer.compress.calibration import CalibrationUpdate, opened
+from jaxformer.compress.calibration import CalibrationUpdate, completed, opened
 from jaxformer.compress.integer import QuantizedModel
 from jaxformer.compress.intercepted import prepared
 from jaxformer.compress.packed import has_packed, pack_kernels
-from jaxformer.compress.quantized import Quantized
+from jaxformer.compress.quantized import COLLECTION, Quantized
+from jaxformer.compress.reconstruction import Reconstruction, reconstruct
 from jaxformer.data.base import FixedData
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.evaluators import MeanEvaluator
@@ -55,20 +56,31 @@ class Compressor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-    """Quantisation after training: `rules` say of what, the `procedure` finds their states."""
+    """Quantisation after training: `rules` say of what, the `procedure` finds their states.
+
+    With a `reconstruction` blocks then learn their rounding on the examples calibrated on.
+    """
 
     rules: Quantized
     procedure: Any  # Callable[[Params], ChangesParameters]
+    reconstruction: Reconstruction | None = None
     note: str = "maps of uniform codes in integers, all else fake quantisation: rounded, in float32"
 
     def find(
         self, task: Any, params: Params, extra: Extra, batch: Batch
     ) -> tuple[Params, Extra, Facts]:
         check_unpacked(params)
+        task = opened(task)
+        params = completed(task, params, batch)
         update = CalibrationUpdate(task, self.rules, FixedData(batch), self.procedure)
         state, _ = update(TrainState(0, params, extra, {}, None), batch)  # type: ignore[arg-type]
         check_same(task, params, state.params, extra, batch)
-        variables = pack_kernels({**state.extra, "params": state.params}, self.rules)
+        params, extra = state.params, state.extra
+        if self.reconstruction:
+            key, how = jax.random.key(0), self.reconstruction
+            params, states, _ = reconstruct(task, self.rules, how, params, extra, batch, key)
+            extra = {**extra, COLLECTION: states}
+        variables = pack_kernels({**extra, "params": params}, self.rules)
         return variables.pop("params"), variables, {}
 
     def task(self, task: Any, found: Facts) -> Any:
@@ -91,6 +103,13 @@ def bits_of(argument: str, least: int = 2) -> tuple[int, int]:
             f"from {least} to 8"
         )
     return bits
+
+
+def steps_of(argument: str) -> tuple[str, int]:
+    """("w4a4", 200) of "w4a4r200", in which every block is reconstructed in 200 steps, else 0."""
+    match = re.fullmatch(r"(.*?)(?:r(\d+))?", argument)
+    assert match is not None
+    return match[1], int(match[2] or 0)
 
 
 def share_of(argument: str, what: str, low: float, high: float) -> float:

@@ -11,13 +11,7 @@ import jax.numpy as jnp
 from jaxformer.compress import observers
 from jaxformer.compress.quantized import Quantized, Rule
 from jaxformer.compress.quantizers import Log, Uniform
-from jaxformer.compress.reparameterize import (
-    at,
-    collapse,
-    linear_parameters,
-    norm_before,
-    reparameterized,
-)
+from jaxformer.compress.reparameterize import collapse, linear_parameters, reparameterized
 from jaxformer.compress.walk import Linear, Product
 
 State = Mapping[str, jax.Array]
@@ -90,12 +84,11 @@ class RepQ:
 
     def linear(self, layer: Linear) -> Mapping[str, State]:
         bits, x, kernel = layer.quantizer("input").bits, layer.x_NxI, layer.kernel_IxO
-        norm = norm_before(layer.paths[0])
-        if norm and "bias" in (at(self.params, norm) or {}):
+        if layer.norm:
             channels = {k: jnp.ravel(v) for k, v in _percentile(bits, x, (0,)).items()}
             given = self.shared(channels, layer)
             change = collapse(channels["scale"], channels["zero"], given["scale"], given["zero"])
-            self.params = reparameterized(self.params, norm, layer.paths, change)
+            self.params = reparameterized(self.params, layer.norm, layer.paths, change)
             kernel = linear_parameters({"kernel": kernel}, change)["kernel"]
             if self.refit:
                 given = _percentile(bits, x / change.factor_I - change.shift_I, None)

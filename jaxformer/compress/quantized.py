@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxformer.compress.quantizers import Quantizer
+from jaxformer.compress.quantizers import Quantizer, smooth
 from jaxformer.errors import ConfigError
 from jaxformer.nn.attention import Mix, Scores
 from jaxformer.nn.einsum import Axes, Einsum
@@ -96,6 +96,26 @@ class Quantized:
             if re.search(rule.where, name):
                 return None if rule.quantizer is None else rule
         return None
+
+    def inside(self, path: str, names: Iterable[str]) -> Quantized:
+        """The rules of those operands below a path, by what their names are from there on."""
+        found = {name: self.named(f"{path}/{name}") for name in sorted(names)}
+        return Quantized(
+            tuple(
+                dataclasses.replace(rule, where=f"^{re.escape(name)}$")
+                for name, rule in found.items()
+                if rule is not None
+            )
+        )
+
+    def smooth(self) -> Quantized:
+        """The same, with quantisers in the form in which they are trained."""
+        return Quantized(
+            tuple(
+                dataclasses.replace(rule, quantizer=rule.quantizer and smooth(rule.quantizer))
+                for rule in self.rules
+            )
+        )
 
     def without(self, where: str) -> Quantized:
         """The same, but for operands that the regex `where` finds, which stay as they are."""

@@ -9,7 +9,7 @@ gradients straight through; codes that are clipped pass none.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,19 @@ class Quantizer(Protocol):
     def state(self) -> dict[str, float]: ...
 
     def __call__(self, x: jax.Array, **state: Any) -> jax.Array: ...
+
+
+@runtime_checkable
+class TrainsSmooth(Protocol):
+    """A quantiser that is trained in another form, of the same state."""
+
+    @property
+    def smooth(self) -> Quantizer: ...
+
+
+def smooth(quantizer: Quantizer) -> Quantizer:
+    """The form in which a quantiser is trained: itself, unless it says otherwise."""
+    return quantizer.smooth if isinstance(quantizer, TrainsSmooth) else quantizer
 
 
 def check_bits(bits: int, low: int = 1, high: int = 16) -> None:
@@ -155,6 +168,10 @@ class Shifted:
     @property
     def state(self) -> dict[str, float]:
         return self.inner.state
+
+    @property
+    def smooth(self) -> Shifted:
+        return dataclasses.replace(self, inner=smooth(self.inner))
 
     def __call__(self, x: jax.Array, **state: Any) -> jax.Array:
         return self.inner(x + self.shift, **state) - self.shift

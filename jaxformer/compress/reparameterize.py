@@ -48,13 +48,19 @@ def linear_parameters(linear: Mapping[str, Any], change: Collapse) -> dict[str, 
 
 
 def norm_before(path: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Where the norm lies that alone feeds a map of a `Block` with norms before its branches."""
-    if len(path) < 2:
+    """Where the norm lies that feeds a map, by the map's path; None where none may.
+
+    It is that of a `Block` with norms before its branches, whose mixer may be in windows, or of a
+    `PatchMerge`.
+    """
+    *block, part, name = ("", *path)
+    if name == "reduction":
+        return (*path[:-1], "norm")
+    if (part, name) not in (("mixer", "query"), ("mlp", "up")):
         return None
-    *block, part, name = path
-    if (part, name) in (("mixer", "query"), ("mlp", "up")):
-        return (*block, f"{part}_residual", "norm")
-    return None
+    while block[-1] == "mixer":
+        block.pop()
+    return (*block[1:], f"{part}_residual", "norm")
 
 
 def at(tree: Any, path: tuple[str, ...]) -> Any:

@@ -17,9 +17,11 @@ import numpy as np
 from flax import linen as nn
 
 from jaxformer.compress.quantized import Quantized, Rule, operands
+from jaxformer.compress.reparameterize import norm_before
 from jaxformer.errors import ConfigError
 from jaxformer.nn.attention import Mix, Scores
 from jaxformer.nn.einsum import Axes, Einsum
+from jaxformer.nn.norm import Norm
 
 Path = tuple[str, ...]
 State = Mapping[str, jax.Array]
@@ -30,7 +32,8 @@ TOGETHER = ("query", "key", "value")  # maps of one input, quantised as one
 class Linear:
     """A linear map x W + b, or several of one input side by side, as matrices.
 
-    x (N, I) holds the rows of all examples.
+    x (N, I) holds the rows of all examples. `norm` is where the norm lies whose output x is, if one
+    lies before it which, as the maps, has a bias: both may change together (`reparameterize`).
     """
 
     paths: tuple[Path, ...]
@@ -38,6 +41,7 @@ class Linear:
     kernel_IxO: jax.Array
     bias_O: jax.Array
     rules: Mapping[str, Rule | None]
+    norm: Path | None = None
 
     @property
     def name(self) -> str:
@@ -119,10 +123,15 @@ class _Seen:
         self.params, self.rules, self.procedure, self.told = params, rules, procedure, told
         self.states: dict[str, Any] = {}
         self.shared: dict[Path, jax.Array] = {}
+        self.rows: dict[Path, int] = {}  # that norms have handed on
 
     def __call__(self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         names = operands(context)
         module = context.module
+        if isinstance(module, Norm) and context.method_name == "__call__":
+            y = method(*args, **kwargs)
+            self.rows[tuple(module.path)] = math.prod(y.shape[:-1])
+            return y
         ruled = {name: self.rules.rule(module, name) for name in names}
         if not any(ruled.values()):
             return method(*args, **kwargs)
@@ -187,15 +196,16 @@ class _Seen:
             jnp.ravel(w["bias"]) if "bias" in w else jnp.zeros(k.shape[1])
             for w, k in zip(weights, kernels, strict=True)
         ]
-        found = self.procedure.linear(
-            Linear(
-                tuple(paths),
-                jnp.reshape(x, (-1, width)).astype(jnp.float32),
-                jnp.concatenate(kernels, 1),
-                jnp.concatenate(biases),
-                ruled,
-            )
+        x_NxI = jnp.reshape(x, (-1, width)).astype(jnp.float32)
+        layer = Linear(
+            tuple(paths),
+            x_NxI,
+            jnp.concatenate(kernels, 1),
+            jnp.concatenate(biases),
+            ruled,
+            self._norm(path, len(x_NxI)) if all("bias" in w for w in weights) else None,
         )
+        found = self.procedure.linear(layer)
         ends = np.cumsum([0, *(k.shape[1] for k in kernels)])
         for p, w, start, end in zip(paths, weights, ends[:-1], ends[1:], strict=True):
             own = dict(found)
@@ -205,6 +215,16 @@ class _Seen:
                     for name, value in found["kernel"].items()
                 }
             self._write(p, _At(p, module.equation), own, {"input": x, "kernel": w["kernel"]})
+
+    def _norm(self, path: Path, rows: int) -> Path | None:
+        """The norm whose output, all of it and nothing else, is read at a path.
+
+        Windows that do not divide their grid read zeros beside it, which surgery would not move.
+        """
+        norm = norm_before(path)
+        if norm is None or self.rows.get(norm) != rows:
+            return None
+        return norm if {"scale", "bias"} <= set(self._params(norm)) else None
 
     def _params(self, path: Path) -> Mapping[str, Any]:
         node = self.params

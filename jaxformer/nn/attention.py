@@ -85,7 +85,9 @@ class Softmax(nn.Module):
 
     def __call__(self, s_BxHxLxS: jax.Array, visible: jax.Array) -> jax.Array:
         s = jnp.where(visible, s_BxHxLxS.astype(jnp.float32), -jnp.inf)
-        most = s.max(-1, keepdims=True)
+        # No gradient passes the largest score: it cancels. Where a compiler computes scores twice
+        # and they differ in the last bit, none is the largest, and the gradient of max was NaN.
+        most = jax.lax.stop_gradient(s.max(-1, keepdims=True))
         p = jnp.exp(s - jnp.where(jnp.isfinite(most), most, 0.0))
         total = p.sum(-1, keepdims=True)
         return p / jnp.where(total == 0, 1.0, total)

@@ -78,11 +78,13 @@ class PatchMerge(nn.Module):
 
     Their channels are joined, (0, 0), (1, 0), (0, 1), (1, 1) in (row, column), normalised and
     projected (Liu et al. 2021, arXiv 2103.14030, section 3.1); an odd grid is padded with zeros.
+    There is no bias in the paper; surgery of the norm needs one.
     """
 
     grid: tuple[int, int]
     features: int
     norm: Make = Make(LayerNorm)
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
@@ -90,7 +92,7 @@ class PatchMerge(nn.Module):
         corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
         x = jnp.concatenate(corners, -1).reshape(x.shape[0], -1, 4 * x.shape[-1])
         x = self.norm(name="norm")(x)
-        return Einsum("...D,DE->...E", (self.features,), use_bias=False, name="reduction")(x)
+        return Einsum("...D,DE->...E", (self.features,), self.use_bias, name="reduction")(x)
 
 
 class ConvMerge(nn.Module):

@@ -14,6 +14,7 @@ from jaxformer.compress.calibration import CalibrationUpdate, ChangesParameters,
 from jaxformer.compress.outliers import at_norms, draw_channels
 from jaxformer.compress.procedures import MinMax, RepQ, repq_rules, uniform_rules
 from jaxformer.compress.quantized import Quantized
+from jaxformer.compress.reconstruction import Reconstruction, ReconstructionUpdate
 from jaxformer.errors import ConfigError
 from jaxformer.evaluation.claims import Lab
 from jaxformer.evaluation.evaluators import MeanEvaluator
@@ -28,9 +29,14 @@ from jaxformer.train.updates import GradientUpdate
 
 
 def recipe(
-    config: ConfigDict, rules: Quantized, procedure: Callable[[Params], ChangesParameters]
+    config: ConfigDict,
+    rules: Quantized,
+    procedure: Callable[[Params], ChangesParameters],
+    reconstruction: Reconstruction | None = None,
 ) -> Recipe:
-    """Phases "train", "outliers" and "calibrate"; with `init_from` the first is another run's.
+    """Phases "train", "outliers", "calibrate" and, if it is to take steps, "reconstruct".
+
+    With `init_from` the first is another run's.
 
     Raises:
         ConfigError: no images to calibrate on, a model whose layers are a loop, or a trained run
@@ -56,6 +62,12 @@ def recipe(
         Phase("outliers", enter=outliers(config)),
         Phase("calibrate", 1, few, update),
     ]
+    if reconstruction and reconstruction.steps:
+        many = config.reconstruct.images
+        if many < 1:
+            raise ConfigError(f"reconstruct.images={many}: give at least one image")
+        again = ReconstructionUpdate(task, rules, reconstruction)
+        phases.append(Phase("reconstruct", 1, vision.images(config, many)[0], again))
     staged = StagedTask((task, quantized_task(task, rules)))
     evaluator = MeanEvaluator(staged, test, "test", config.evaluate.every or "phase_end")
     source = InitFrom(config.init_from, fresh=config.fresh) if config.init_from else None
@@ -73,13 +85,23 @@ def outliers(config: ConfigDict) -> Callable[[TrainState], TrainState]:
     return enter if count else lambda state: state
 
 
+def reconstruction_of(config: ConfigDict, **losses: Any) -> Reconstruction:
+    """As `config.reconstruct` says, with a paper's `loss` and `head_loss`."""
+    given = {name: value for name, value in config.reconstruct.items() if name != "images"}
+    return Reconstruction(**given, **losses)
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to quantise: its name, its rules by (weights, activations) bits, and its procedure."""
+    """A way to quantise: its name, its rules by (weights, activations) bits, and its procedure.
+
+    With a `reconstruction` blocks are reconstructed after it.
+    """
 
     name: str
     rules: Callable[[int, int], Quantized]
     procedure: Callable[[Params], ChangesParameters]
+    reconstruction: Reconstruction | None = None
 
 
 MIN_MAX = Method("min-max", uniform_rules, MinMax)
@@ -89,33 +111,57 @@ REPQ = Method("RepQ-ViT", repq_rules, RepQ)
 TRAINED_ON = 1257  # of the digits; methods are compared on the other 540
 
 
+def _calibration(made: Recipe) -> int:
+    """Which of the phases it is."""
+    return [phase.name for phase in made.phases].index("calibrate")
+
+
 class Bench:
     """A trained model with outliers, which methods are then tried on: `accuracy(method, 4, 4)`."""
 
     def __init__(self, lab: Lab) -> None:
         self.config = ConfigDict(lab.recipe(data__images=TRAINED_ON).config)
         whole = self.recipe(MIN_MAX, 8, 8)
-        phases = [phase for phase in whole.phases if phase.name != "calibrate"]
+        phases = whole.phases[: _calibration(whole)]
         self.state = lab.fit(dataclasses.replace(whole, phases=phases, evaluators=()))
         self.float_accuracy = self.accuracy_of(whole, self.state)
 
     def recipe(self, method: Method, weights: int, activations: int) -> Recipe:
-        return recipe(self.config, method.rules(weights, activations), method.procedure)
+        rules = method.rules(weights, activations)
+        return recipe(self.config, rules, method.procedure, method.reconstruction)
 
     def calibrated(
         self, method: Method, weights: int, activations: int, draw: int = 0
     ) -> tuple[Recipe, Any]:
-        """The recipe and the state that its calibration leaves, on that draw of the images."""
-        made = self.recipe(method, weights, activations)
-        phase = made.phases[-1]
-        assert phase.update is not None and phase.data is not None
-        state, _ = phase.update(enter(phase, self.state), phase.data.batch(draw))
-        return made, state
+        """The recipe and the state that it leaves, on that draw of the images."""
+        made, states = self.stages(method, weights, activations, draw)
+        return made, list(states.values())[-1]
+
+    def stages(
+        self, method: Method, weights: int, activations: int, draw: int
+    ) -> tuple[Recipe, dict[str, TrainState]]:
+        """The recipe, and the states after "calibrate" and what follows it, by phase."""
+        made, state, states = self.recipe(method, weights, activations), self.state, {}
+        for phase in made.phases[_calibration(made) :]:
+            assert phase.update is not None and phase.data is not None
+            state, _ = phase.update(enter(phase, state), phase.data.batch(draw))
+            states[phase.name] = state
+        return made, states
+
+    def accuracies(
+        self, method: Method, weights: int, activations: int, draws: int = 1
+    ) -> dict[str, float]:
+        """Of all test images, in percent, after each phase; the mean over draws of the images."""
+        found: dict[str, list[float]] = {}
+        for draw in range(draws):
+            made, states = self.stages(method, weights, activations, draw)
+            for name, state in states.items():
+                found.setdefault(name, []).append(self.accuracy_of(made, state))
+        return {name: statistics.mean(each) for name, each in found.items()}
 
     def accuracy(self, method: Method, weights: int, activations: int, draws: int = 1) -> float:
-        """Of all test images, in percent; the mean over `draws` of the images to calibrate on."""
-        each = (self.calibrated(method, weights, activations, draw) for draw in range(draws))
-        return statistics.mean(self.accuracy_of(*found) for found in each)
+        """That after the last phase."""
+        return list(self.accuracies(method, weights, activations, draws).values())[-1]
 
     def accuracy_of(self, made: Recipe, state: TrainState) -> float:
         """Of a state, in percent."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxformer.compress.reconstruction import Reconstruction
 from jaxformer.compress.synthetic import attention, baselines, best_state
 from jaxformer.evaluation.claims import Lab
 from jaxformer.evaluation.report import accuracy_bars
@@ -14,9 +15,11 @@ from jaxformer.papers.adalog.search import BASES, AdaLogSearch
 from jaxformer.recipe import Claim, Findings
 from jaxformer.setups.post_training import MIN_MAX, REPQ, Bench, Method
 
-ADALOG = Method("AdaLog", rules, AdaLogSearch)
+RECONSTRUCTION = Reconstruction.of(200)
+ADALOG = Method("AdaLog", rules, AdaLogSearch, RECONSTRUCTION)
 BITS = (3, 4)
-DRAWS = 3  # of the 32 images
+DRAWS = 3  # of the images
+BASELINES = (MIN_MAX, REPQ)
 
 
 def probabilities(lab: Lab) -> Findings:
@@ -34,21 +37,25 @@ def probabilities(lab: Lab) -> Findings:
 
 
 def digits(lab: Lab) -> Findings:
-    """One trained ViT with outliers, calibrated in three ways, on three draws, at 4 and 3 bits."""
+    """One trained ViT with outliers, calibrated in three ways, on three draws, at 4 and 3 bits.
+
+    After AdaLog's calibration its blocks are reconstructed, on 1,024 images.
+    """
     bench = Bench(lab)
-    rows = [
-        {
-            "bits": bits,
-            **{m.name: bench.accuracy(m, bits, bits, DRAWS) for m in (MIN_MAX, REPQ, ADALOG)},
-        }
-        for bits in BITS
-    ]
+    rows = []
+    for bits in BITS:
+        row = {"bits": bits, **{m.name: bench.accuracy(m, bits, bits, DRAWS) for m in BASELINES}}
+        found = bench.accuracies(ADALOG, bits, bits, DRAWS)
+        row |= {"AdaLog": found["calibrate"], "reconstructed": found["reconstruct"]}
+        rows.append(row)
     three, four = rows
     values = {
         "float": bench.float_accuracy,
         "points_above_min_max": four["AdaLog"] - four["min-max"],
         "points_below_float": bench.float_accuracy - four["AdaLog"],
         "points_above_repq_at_3": three["AdaLog"] - three["RepQ-ViT"],
+        "points_by_reconstruction_at_3": three["reconstructed"] - three["AdaLog"],
+        "points_by_reconstruction_at_4": four["reconstructed"] - four["AdaLog"],
     }
     name = f"Accuracy %, in float {bench.float_accuracy:.4g}"
     panels = {
@@ -105,5 +112,14 @@ CLAIMS = (
         value="points_above_repq_at_3",
         at_least=0.0,
         baseline="RepQ-ViT",
+    ),
+    Claim(
+        says="Reconstruction of blocks makes up for some of what W3A3 lost (points, mean of three "
+        "draws).",
+        source="table of the authors' repository: ImageNet, W3A3, ViT-S 13.88 -> 62.50",
+        experiment=digits,
+        value="points_by_reconstruction_at_3",
+        at_least=0.0,
+        baseline="calibration alone",
     ),
 )

@@ -35,11 +35,15 @@ class AdaLog:
     def state(self) -> dict[str, float]:
         return {"scale": 1.0, "q": float(R)}
 
+    @property
+    def smooth(self) -> SmoothAdaLog:
+        return SmoothAdaLog(self.bits)
+
     def __call__(self, x: jax.Array, scale: jax.Array, q: jax.Array) -> jax.Array:
         u = self.encode(x, scale, q)
         shift, mantissa = self.table(jnp.clip(u, 0, 2**self.bits - 1), q)
         value = jnp.where(u < 2**self.bits, scale * jnp.exp2(-shift) * mantissa, 0.0)
-        return straight_through(value, SmoothAdaLog(self.bits)(x, scale, q))
+        return straight_through(value, self.smooth(x, scale, q))
 
     def encode(self, x: jax.Array, scale: jax.Array, q: jax.Array) -> jax.Array:
         """Codes from 0 on; 2^bits and more stand for 0."""

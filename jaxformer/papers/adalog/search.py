@@ -11,13 +11,7 @@ import jax.numpy as jnp
 
 from jaxformer.compress.observers import min_max
 from jaxformer.compress.quantizers import Shifted, Uniform
-from jaxformer.compress.reparameterize import (
-    at,
-    collapse,
-    linear_parameters,
-    norm_before,
-    reparameterized,
-)
+from jaxformer.compress.reparameterize import collapse, linear_parameters, reparameterized
 from jaxformer.compress.search import each, least, row_errors
 from jaxformer.compress.walk import Linear, Product
 
@@ -331,12 +325,11 @@ class AdaLogSearch:
         if layer.paths[0][-2:] == ("embed", "projection"):
             return search_pixels(weigher, quantizer, layer.x_NxI, layer.kernel_IxO)
         x, kernel = layer.x_NxI, layer.kernel_IxO
-        norm = norm_before(layer.paths[0])
-        if norm and "bias" in (at(self.params, norm) or {}):
+        if layer.norm:
             channels = search_channels(quantizer, x)
             scale, zero = channels["scale"].mean(), jnp.round(channels["zero"].mean())
             change = collapse(channels["scale"], channels["zero"], scale, zero)
-            self.params = reparameterized(self.params, norm, layer.paths, change)
+            self.params = reparameterized(self.params, layer.norm, layer.paths, change)
             x = x / change.factor_I - change.shift_I
             kernel = linear_parameters({"kernel": kernel}, change)["kernel"]
         return search_linear(weigher, quantizer, x, kernel)

@@ -53,9 +53,12 @@ def folded_bias(bias_O: jax.Array, kernel_IxO: jax.Array, noise_I: jax.Array) ->
 
 
 def rules(weights: int, activations: int) -> Quantized:
-    """What is quantised: the maps of attention and MLP; not patches, head, nor products."""
+    """What is quantised: the maps of attention and MLP, and those that merge patches.
+
+    The patches' own embedding, the head and products of attention stay as they are.
+    """
     quantizer = Noisy(Symmetric(activations))
-    inside = r"(mixer/(query|key|value|out)|mlp/(up|down))"
+    inside = r"(mixer/(query|key|value|out)|mlp/(up|down)|merge_\d+/reduction)"
     return Quantized(
         (
             Rule(rf"{inside}/kernel$", Symmetric(weights), per="channel"),
