@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from jaxformer.data.base import Epoch, IndexedData
-from jaxformer.data.sources.image import ImageFolder, digits
+from jaxformer.data.sources.image import ImageFolder, digits, divided_digits
 from jaxformer.data.transforms import Normalize, RandomCrop, RandomFlip
 from jaxformer.recipe import ConfigError
 
@@ -21,6 +21,25 @@ def test_digits_are_split_once_and_evenly():
     np.testing.assert_array_equal(digits("test").arrays["label"], test.arrays["label"])
     with pytest.raises(ConfigError, match=r"data\.split: 'dev'; the digits have"):
         digits("dev")
+
+
+def test_few_digits_leave_all_others_to_test_on():
+    few, rest = divided_digits(500, seed=1)
+    assert (len(few), len(rest)) == (500, 1297)
+
+    def rows(*parts):
+        return sorted(image.tobytes() for part in parts for image in part.arrays["image"])
+
+    assert rows(few, rest) == rows(digits("train"), digits("test"))
+    assert rows(few) != rows(divided_digits(500, seed=2)[0])
+    for part in (few, rest):  # labels stay with their images
+        named = dict(zip(map(bytes, part.arrays["image"]), part.arrays["label"], strict=True))
+        for source in (digits("train"), digits("test")):
+            for image, label in zip(source.arrays["image"], source.arrays["label"], strict=True):
+                assert named.get(bytes(image), label) == label
+    assert [len(part) for part in divided_digits(0, seed=1)] == [1437, 360]
+    with pytest.raises(ConfigError, match=r"data\.images=1438: there are 1437"):
+        divided_digits(1438, seed=1)
 
 
 @pytest.fixture

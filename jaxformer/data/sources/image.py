@@ -39,7 +39,7 @@ def digits(split: Literal["train", "test"]) -> Arrays:
 
 
 def divided_digits(count: int, seed: int) -> tuple[Arrays, Arrays]:
-    """`count` of the digits to train on, drawn by the seed, and all others; 0: as `digits` has them.
+    """`count` digits to train on, drawn by the seed, and all others; 0: as `digits` has them.
 
     The fewer are trained on, the finer is the accuracy on the others.
 
