@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxformer.compress.calibration import CalibrationUpdate, ChangesParameters, quantized_task
@@ -106,8 +107,6 @@ class Method:
 
 MIN_MAX = Method("min-max", uniform_rules, MinMax)
 REPQ = Method("RepQ-ViT", repq_rules, RepQ)
-
-
 TRAINED_ON = 1257  # of the digits; methods are compared on the other 540
 
 
@@ -116,15 +115,26 @@ def _calibration(made: Recipe) -> int:
     return [phase.name for phase in made.phases].index("calibrate")
 
 
+class Quality(NamedTuple):
+    """Of a model on all unseen images.
+
+    `error` is the squared distance of its logits from those of the float model, over the variance
+    of the latter: it tells apart what the few images do not that change their class.
+    """
+
+    accuracy: float  # %
+    error: float
+
+
 class Bench:
-    """A trained model with outliers, which methods are then tried on: `accuracy(method, 4, 4)`."""
+    """A trained model with outliers, which methods are then tried on: `qualities(method, 4, 4)`."""
 
     def __init__(self, lab: Lab) -> None:
         self.config = ConfigDict(lab.recipe(data__images=TRAINED_ON).config)
         whole = self.recipe(MIN_MAX, 8, 8)
         phases = whole.phases[: _calibration(whole)]
         self.state = lab.fit(dataclasses.replace(whole, phases=phases, evaluators=()))
-        self.float_accuracy = self.accuracy_of(whole, self.state)
+        self.float_accuracy, self.float_logits = self._answers(whole, self.state)
 
     def recipe(self, method: Method, weights: int, activations: int) -> Recipe:
         rules = method.rules(weights, activations)
@@ -148,23 +158,45 @@ class Bench:
             states[phase.name] = state
         return made, states
 
-    def accuracies(
+    def qualities(
         self, method: Method, weights: int, activations: int, draws: int = 1
-    ) -> dict[str, float]:
-        """Of all test images, in percent, after each phase; the mean over draws of the images."""
-        found: dict[str, list[float]] = {}
+    ) -> dict[str, Quality]:
+        """After each phase, by its name; the mean over draws of the images."""
+        found: dict[str, list[Quality]] = {}
         for draw in range(draws):
             made, states = self.stages(method, weights, activations, draw)
             for name, state in states.items():
-                found.setdefault(name, []).append(self.accuracy_of(made, state))
-        return {name: statistics.mean(each) for name, each in found.items()}
+                found.setdefault(name, []).append(self.quality_of(made, state))
+        return {
+            name: Quality(*map(statistics.mean, zip(*each, strict=True)))
+            for name, each in found.items()
+        }
 
-    def accuracy(self, method: Method, weights: int, activations: int, draws: int = 1) -> float:
+    def quality(self, method: Method, weights: int, activations: int, draws: int = 1) -> Quality:
         """That after the last phase."""
-        return list(self.accuracies(method, weights, activations, draws).values())[-1]
+        return list(self.qualities(method, weights, activations, draws).values())[-1]
 
-    def accuracy_of(self, made: Recipe, state: TrainState) -> float:
-        """Of a state, in percent."""
-        (evaluator,), mesh = made.evaluators, make_mesh()
+    def quality_of(self, made: Recipe, state: TrainState) -> Quality:
+        """That of a state."""
+        accuracy, logits = self._answers(made, state)
+        error = np.square(logits - self.float_logits).mean() / self.float_logits.var()
+        return Quality(accuracy, float(error))
+
+    def _answers(self, made: Recipe, state: TrainState) -> tuple[float, np.ndarray]:
+        """The accuracy in percent, and the logits (N, classes)."""
+        kept, mesh = Answers(), make_mesh()
+        evaluator = dataclasses.replace(made.evaluators[0], whole=kept)
         with jax.set_mesh(mesh):
-            return 100 * evaluator(state, EvalContext(mesh, "test"))["accuracy"]
+            accuracy = evaluator(state, EvalContext(mesh, "test"))["accuracy"]
+        return 100 * accuracy, kept.rows["answer"]
+
+
+class Answers:
+    """`MeanEvaluator.whole` that keeps the answers."""
+
+    columns: tuple[str, ...] = ()
+    rows: Mapping[str, np.ndarray]
+
+    def __call__(self, rows: Mapping[str, np.ndarray]) -> dict[str, float]:
+        self.rows = rows
+        return {}

@@ -42,12 +42,14 @@ def digits(lab: Lab) -> Findings:
     After AdaLog's calibration its blocks are reconstructed, on 1,024 images.
     """
     bench = Bench(lab)
-    rows = []
+    rows: list[dict[str, float]] = []
+    errors: list[dict[str, float]] = []
     for bits in BITS:
-        row = {"bits": bits, **{m.name: bench.accuracy(m, bits, bits, DRAWS) for m in BASELINES}}
-        found = bench.accuracies(ADALOG, bits, bits, DRAWS)
-        row |= {"AdaLog": found["calibrate"], "reconstructed": found["reconstruct"]}
-        rows.append(row)
+        found = {m.name: bench.quality(m, bits, bits, DRAWS) for m in BASELINES}
+        phases = bench.qualities(ADALOG, bits, bits, DRAWS)
+        found |= {"AdaLog": phases["calibrate"], "reconstructed": phases["reconstruct"]}
+        rows.append({"bits": bits, **{name: x.accuracy for name, x in found.items()}})
+        errors.append({"bits": bits, **{name: x.error for name, x in found.items()}})
     three, four = rows
     values = {
         "float": bench.float_accuracy,
@@ -63,7 +65,8 @@ def digits(lab: Lab) -> Findings:
         for row in rows
     }
     path = accuracy_bars(lab.figure("digits"), panels, bench.float_accuracy)
-    return Findings(values, {name: rows}, [path])
+    tables = {name: rows, "Squared error of logits, over their variance": errors}
+    return Findings(values, tables, [path])
 
 
 def _error(bits: int) -> Claim:
