@@ -230,7 +230,16 @@ def test_one_threshold_is_for_all_lists():
             assert int(masks[name].sum()) == len(scores[name]) - int(group.sizes[dead].sum())
     even = evenly(groups, jnp.asarray(0.5))
     np.testing.assert_array_equal(even["a"], [0] * 4 + [1] * 4)
-    np.testing.assert_array_equal(even["b"], [0] * 2 + [1] * 4)
+    np.testing.assert_array_equal(even["b"], [0] * 4 + [1] * 2)  # 1.5 groups: rounded up here
+
+
+def test_an_even_share_grows_by_few_groups_at_once():
+    groups = {name: Grouped.of(jnp.arange(8.0), 1) for name in "abcd"}
+    counts = [
+        sum(int((mask == 0).sum()) for mask in evenly(groups, jnp.asarray(round / 32)).values())
+        for round in range(29)
+    ]
+    assert counts == list(range(29))
 
 
 @pytest.mark.parametrize("kind", ["hessian", "magnitude", "random"])
