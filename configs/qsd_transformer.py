@@ -15,7 +15,7 @@ def get_config(preset: str) -> ConfigDict:
         "levels": 4,  # D: spikes at once; 1 is a binary neuron
         "steps": 1,  # T, of time
         "leak": 0.0,  # of a membrane that remembers; 0: none
-        "fgd": 0.05,  # weight of fine-grained distillation; 0: none
+        "fgd": 0.2,  # weight of fine-grained distillation; 0: none
         "label_smoothing": 0.1,
         "layer_scale": 1e-6,
         "heads": 4,
@@ -33,10 +33,10 @@ def get_config(preset: str) -> ConfigDict:
         "classes": 10,
         "images": 0,  # of the digits: how many to train on, the others are tested on; 0: 1437
     }
-    config.teacher_steps = 200
+    config.teacher_steps = 400
     config.step_rate = 0.1  # the learning rate of steps of weights, of that of all else
     config.optim.update(learning_rate=4e-3, warmup_steps=20, weight_decay=0.05)
-    config.update({"steps": 200, "batch_size": 32})
+    config.update({"steps": 400, "batch_size": 32})
     if preset == "tiny":
         config.update({"steps": 30, "teacher_steps": 10, "batch_size": 32})
         config.model.depths = (1, 1)
