@@ -178,15 +178,15 @@ def _config(recipe: Recipe) -> Any:
 def plot(lab: Lab, dense: float, rows: list[dict[str, Any]]) -> Path:
     """Bars before and after training."""
     path = lab.figure("accuracy")
-    fig, axes = figure(path)
+    fig, axes = figure(path, width=7)
     axis, at = axes[0, 0], np.arange(len(rows))
     for i, when in enumerate(("before training", "after")):
         bars = axis.bar(at + 0.4 * i, [row[when] for row in rows], 0.4, label=when)
         axis.bar_label(bars, fmt="%.1f")
     axis.axhline(dense, linestyle=":", color="k", label="dense")
-    axis.set(ylabel="accuracy %", ylim=(0, 112))
+    axis.set(ylabel="accuracy %", ylim=(0, 125))
     axis.set_xticks(at + 0.2, [row["method"].replace(", ", "\n") for row in rows])
-    axis.legend(loc="lower right")
+    axis.legend(loc="upper center", ncols=3)
     fig.savefig(path, dpi=110)
     return path
 

@@ -167,6 +167,7 @@ def plot(lab: Lab, values: Mapping[str, float], runs: Mapping[str, list[Pruned]]
     share = first.embedding / whole.embedding
     right.axhline(share, linestyle=":", color="k", label="embedding")
     right.set(xlabel="block", ylabel="share of units left", ylim=(0, 1.05), title="hessian")
+    right.set_xticks(range(1, len(first.blocks) + 1))
     right.legend()
     fig.savefig(path, dpi=110)
     return path
