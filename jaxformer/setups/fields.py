@@ -74,13 +74,11 @@ def post_training(config: ConfigDict, preset: str) -> None:
 
 def reconstruction(config: ConfigDict, preset: str, float_share: float) -> None:
     """How blocks are reconstructed after their calibration; not at all but at "paper"."""
-    at_paper = preset == "paper"
     config.reconstruct = {
-        "steps": 20_000 if at_paper else 0,  # of each block; 0: calibration alone
+        # Of each block; 0: calibration alone. Rates follow: the paper's at 20,000.
+        "steps": 20_000 if preset == "paper" else 0,
         "images": 1024,  # the first of the training data
         "batch_size": 32,
-        "rate": 1e-3 if at_paper else 1e-2,  # Adam's, of how weights are rounded; 1e-2 for 200
-        "scale_rate": 4e-5 if at_paper else 4e-4,  # of the scales of activations, at first
         "float_share": float_share,  # of a block's inputs; the rest is what quantised blocks give
     }
 

@@ -89,7 +89,7 @@ def outliers(config: ConfigDict) -> Callable[[TrainState], TrainState]:
 def reconstruction_of(config: ConfigDict, **losses: Any) -> Reconstruction:
     """As `config.reconstruct` says, with a paper's `loss` and `head_loss`."""
     given = {name: value for name, value in config.reconstruct.items() if name != "images"}
-    return Reconstruction(**given, **losses)
+    return Reconstruction.of(**given, **losses)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -296,7 +296,7 @@ def test_swin_is_reconstructed_merges_included():
     [
         (lambda: load(reconstruct__steps=-1), r"reconstruct.steps=-1: must be at least 0"),
         (lambda: load(reconstruct__batch_size=0), r"reconstruct.batch_size=0: must be at least 1"),
-        (lambda: load(reconstruct__rate=-0.1), r"reconstruct.rate=-0.1: must be at least 0"),
+        (lambda: Reconstruction(rate=-0.1), r"reconstruct.rate=-0.1: must be at least 0"),
         (lambda: load(reconstruct__float_share=1.5), r"float_share=1.5: must be from 0, inputs"),
         (lambda: load(reconstruct__float_share=float("nan")), r"float_share=nan: must be from 0"),
         (
