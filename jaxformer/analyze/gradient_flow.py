@@ -34,7 +34,14 @@ class Integrator:
 
 def adaptive(rtol: float = 1e-6, atol: float = 1e-8) -> Integrator:
     """Tsitouras 5(4) with error control."""
-    return Integrator(diffrax.Tsit5(), diffrax.PIDController(rtol=rtol, atol=atol))
+    controller = diffrax.PIDController(rtol=rtol, atol=atol, norm=_error_norm)
+    return Integrator(diffrax.Tsit5(), controller)
+
+
+def _error_norm(error: Any) -> jax.Array:
+    """Infinite where it is NaN, as of a trial that overflows: of NaN the controller repeats it."""
+    norm = optax.tree.norm(error) / optax.tree.size(error) ** 0.5
+    return jnp.where(jnp.isnan(norm), jnp.inf, norm)
 
 
 def euler(step: float) -> Integrator:

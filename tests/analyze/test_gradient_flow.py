@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from jaxformer.analyze.gradient_flow import (
     trajectory,
 )
 from jaxformer.papers.linear_icl import model
+from jaxformer.papers.mesa_optimization import model as mesa
 from jaxformer.recipe import LossOutput, Phase, Recipe
 from jaxformer.train.fit import FitOptions, fit
 
@@ -47,6 +49,28 @@ def bowl(params):
 def double_well(params):
     """Minima at x = +-1, y = 0, a saddle between them; the flow keeps the sign of x."""
     return (params["x"] ** 2 - 1) ** 2 / 4 + params["y"] ** 2
+
+
+def test_a_trial_step_that_overflows_is_taken_back():
+    integrator = adaptive(1e-4, 1e-6)
+    law = mesa.moments("gaussian", 5)
+
+    def field(t, w, args):  # w = a = b, from 2: the first trial gives inf, and its error NaN
+        return -jax.grad(lambda w: mesa.diagonal_loss(w**2, law, 20, 5) / 10)(w)
+
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        integrator.solver,
+        t0=0.0,
+        t1=0.4,
+        dt0=integrator.first_step,
+        y0=jnp.asarray(2.0),
+        stepsize_controller=integrator.controller,
+        max_steps=200,
+        throw=False,
+    )
+    assert solution.result == diffrax.RESULTS.successful
+    np.testing.assert_allclose(solution.ys[-1] ** 2, mesa.limit_product(law, 20), rtol=1e-3)
 
 
 @pytest.fixture
