@@ -39,7 +39,8 @@ def build(config: ConfigDict) -> Recipe:
     if "compressed" in config:  # by `jaxformer compress`
         links = [(compressor_of(x["method"]), x["found"]) for x in config.compressed.links]
         recipe = compressed(recipe, config.compressed.stage, links)
-    return dataclasses.replace(recipe, config=json.loads(config.to_json()))
+    kept = config.to_json_best_effort()  # the numbers of a sweep's members are traced
+    return dataclasses.replace(recipe, config=json.loads(kept))
 
 
 def compressors() -> list[str]:

@@ -163,7 +163,8 @@ def _set(config: ConfigDict, field: str, value: Any) -> None:
     old = node[last]
     if isinstance(old, ConfigDict):
         raise ConfigError(f"config.{field}: is a section; set one of {', '.join(sorted(old))}")
-    node[last] = _read(field, value, old)
+    with node.ignore_type():
+        node[last] = _read(field, value, old)
 
 
 def _read(field: str, value: Any, old: Any) -> Any:
@@ -178,6 +179,8 @@ def _read(field: str, value: Any, old: Any) -> Any:
         value = float(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
+    if kind is float and getattr(value, "shape", None) == ():
+        return value  # of an array: a member of a `Sweep` has its number traced
     if old is not None and type(value) is not kind:
         raise ConfigError(f"config.{field}: needs {_article(kind.__name__)}, like {old!r}")
     return value

@@ -101,6 +101,7 @@ def text_pairs(config: ConfigDict) -> None:
         # rte | wnli, each with its own scores; squad (v1.1)
         "task": "entailment",
         "train": 100_000,  # of entailment: how many pairs
+        "near": 1 / 16,  # of the neutral ones: how many cannot be told by the attribute alone
         "test": 2000,
         "test_rows": 100,  # of a test batch
         "length": 24,

@@ -110,8 +110,9 @@ def text_data(config: ConfigDict) -> Texts:
     data, rows = config.data, config.batch_size
     limit = config.evaluate.batches or None
     if data.task == RULE:
-        train = Entailment(data.train, config.seed, length=data.length)
-        test = Entailment(data.test, config.seed, data.train, length=data.length)
+        law = {"near": data.near, "length": data.length}
+        train = Entailment(data.train, config.seed, **law)
+        test = Entailment(data.test, config.seed, data.train, **law)
         return Texts(
             IndexedData(train, rows, config.seed), Epoch(test, data.test_rows, limit=limit)
         )

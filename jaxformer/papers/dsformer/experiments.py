@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxformer import paths
 from jaxformer.compress.factored import STATE
@@ -95,14 +96,14 @@ def reconstruction(lab: Lab) -> Findings:
 
 # ------------------------------------------------------------------------------------ the encoder
 
-METHODS = ("weight", "coef", "frozen", "svd")
+METHODS = ("weight", "frozen", "svd")
 SEEDS = 3
-# Far beyond the paper's: at 2.8 and 5.4 times, 600 steps bring all but the SVD to what can be told.
-TIGHT = {"atoms": 8, "nonzeros": 1, "up_atoms": 16, "up_nonzeros": 2, "ratio": 6.65}
-ARMS: Mapping[str, Mapping[str, Any]] = {
-    "2.8 times, weight": {"method": "weight"},
-    **{f"6.65 times, {method}": {"method": method, **TIGHT} for method in METHODS},
-}
+# Half of the neutral pairs can only be told by whose attribute it is: there is more to learn than
+# in the default's entailment, where every method reaches the dense encoder's 97.7 %. The encoder
+# that is factorised is a third of the way, so that what it needs is learned as factors.
+TASK = {"data__near": 0.5}
+BEGUN = 300  # dense steps before the factors
+RATE_SCALE = 1.0  # nothing has converged that a high rate would undo
 
 
 def accuracy(recipe: Recipe, state: TrainState) -> float:
@@ -121,58 +122,58 @@ def changed_rows(before: Any, after: Any) -> int:
     )
 
 
+def dense(lab: Lab, steps: int, folder: str | None = None) -> tuple[TrainState, float]:
+    """The encoder as it is, after so many steps, and its accuracy."""
+    recipe = lab.recipe(dense_steps=steps, **TASK)
+    alone = dataclasses.replace(recipe, phases=recipe.phases[:1], evaluators=())
+    options = FitOptions(seed=lab.seed, progress=lab.progress)
+    state = fit(alone, workdir=folder, options=options)
+    return state, accuracy(recipe, state)
+
+
 def encoder(lab: Lab) -> Findings:
-    """One dense encoder; each method trained from it, with several seeds of everything after it."""
+    """An encoder whose training goes on in factors, with several seeds of everything after it."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = lab.recipe()
-        alone = dataclasses.replace(recipe, phases=recipe.phases[:1], evaluators=())
-        options = FitOptions(seed=lab.seed, progress=lab.progress)
-        state = fit(alone, workdir=folder, options=options)
-        dense = accuracy(recipe, state)
-        found: dict[str, list[float]] = {name: [] for name in ARMS}
+        state, begun = dense(lab, BEGUN, folder)
+        found: dict[str, list[float]] = {method: [] for method in METHODS}
         before: dict[str, float] = {}
         moved = 0
-        for name, choices in ARMS.items():
-            fields = {f"factor__{field}": value for field, value in choices.items()}
-            one = lab.recipe(init_from=folder, dense_steps=0, **fields)
+        for method in METHODS:
+            fields = {"factor__method": method, "rate_scale": RATE_SCALE, **TASK}
+            recipe = lab.recipe(init_from=folder, dense_steps=0, **fields)
             for i in range(SEEDS):
                 seed = 100 * lab.seed + i
-                enter = jax.jit(one.phases[-1].enter)
+                enter = jax.jit(recipe.phases[-1].enter)
                 start = enter(state.replace(key=jax.random.key(seed)))
                 if not i:
-                    before[name] = accuracy(one, start)
+                    before[method] = accuracy(recipe, start)
                 trained = fit(
-                    dataclasses.replace(one, evaluators=()),
+                    dataclasses.replace(recipe, evaluators=()),
                     options=FitOptions(seed=seed, progress=lab.progress),
                 )
-                found[name].append(accuracy(one, trained))
-                if name == "2.8 times, weight" and not i:
+                found[method].append(accuracy(recipe, trained))
+                if method == "weight" and not i:
                     moved = changed_rows(start.extra[STATE], trained.extra[STATE])
-    mean = {name: float(np.mean(x)) for name, x in found.items()}
-    config = _config(recipe)
+    config = ConfigDict(dict(recipe.config))
+    _, whole = dense(lab, BEGUN + config.steps)
+    mean = {method: float(np.mean(x)) for method, x in found.items()}
     size = ratios(state.params, method_of(config).table, config.factor.ratio)
-    tight = {method: mean[f"6.65 times, {method}"] for method in METHODS}
     values = {
-        "dense": dense,
-        **{f"{name}, accuracy": x for name, x in mean.items()},
-        "gain_frozen": tight["coef"] - tight["frozen"],
-        "gain_svd": tight["coef"] - tight["svd"],
-        "drop": dense - mean["2.8 times, weight"],
+        "dense": whole,
+        **{f"{method}_accuracy": x for method, x in mean.items()},
+        "gain_frozen": mean["weight"] - mean["frozen"],
+        "gain_svd": mean["weight"] - mean["svd"],
+        "drop": whole - mean["weight"],
         "changed_rows": float(moved),
         "ratio": size["dense_sparse"],
     }
     rows = [
-        {"method": name, "before training": before[name], "after": mean[name]}
-        | {f"seed {i}": x for i, x in enumerate(found[name])}
-        for name in ARMS
+        {"method": method, "before training": before[method], "after": mean[method]}
+        | {f"seed {i}": x for i, x in enumerate(found[method])}
+        for method in METHODS
     ]
-    return Findings(values, {f"Accuracy %, dense {dense:.4g}": rows}, [plot(lab, dense, rows)])
-
-
-def _config(recipe: Recipe) -> Any:
-    from ml_collections import ConfigDict
-
-    return ConfigDict(dict(recipe.config))
+    table = f"Accuracy % at 2.8 times; dense {begun:.4g}, trained as long {whole:.4g}"
+    return Findings(values, {table: rows}, [plot(lab, whole, rows)])
 
 
 def plot(lab: Lab, dense: float, rows: list[dict[str, Any]]) -> Path:
@@ -183,9 +184,9 @@ def plot(lab: Lab, dense: float, rows: list[dict[str, Any]]) -> Path:
     for i, when in enumerate(("before training", "after")):
         bars = axis.bar(at + 0.4 * i, [row[when] for row in rows], 0.4, label=when)
         axis.bar_label(bars, fmt="%.1f")
-    axis.axhline(dense, linestyle=":", color="k", label="dense")
+    axis.axhline(dense, linestyle=":", color="k", label="dense, trained as long")
     axis.set(ylabel="accuracy %", ylim=(0, 125))
-    axis.set_xticks(at + 0.2, [row["method"].replace(", ", "\n") for row in rows])
+    axis.set_xticks(at + 0.2, [row["method"] for row in rows])
     axis.legend(loc="upper center", ncols=3)
     fig.savefig(path, dpi=110)
     return path
@@ -234,12 +235,12 @@ CLAIMS = (
     claim(
         "There the encoder is near the dense one (points below it, mean of 3 seeds).",
         "drop",
-        baseline="the dense encoder",
+        baseline="the dense encoder, trained for as many steps",
         at_most=2.0,
     ),
     claim(
-        "At 6.65 times straight-through training of S, whose support changes, is better than "
-        "training what was factorised once (points, mean of 3 seeds).",
+        "Straight-through training, with supports that change, is better than training what was "
+        "factorised once (points, mean of 3 seeds).",
         "gain_frozen",
         baseline="frozen supports",
         at_least=0.5,

@@ -82,5 +82,6 @@ def covariances(data: ConfigDict, seed: int) -> np.ndarray:
     """The covariances (T, d, d) that stand for that law: the one there is, or draws."""
     covariance = law(data).covariance
     count = 1 if data.covariance == "fixed" else data.covariances
-    roots = jax.vmap(covariance)(jax.random.split(jax.random.key(seed), count))
-    return np.asarray(roots @ roots.mT)
+    with jax.ensure_compile_time_eval():  # also where a member of a `Sweep` is built
+        roots = jax.vmap(covariance)(jax.random.split(jax.random.key(seed), count))
+        return np.asarray(roots @ roots.mT)
