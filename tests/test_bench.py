@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxformer.bench import regressions
 from jaxformer.bench.attention import bench_attention
 from jaxformer.bench.clock import Deadline, Run, Timing, program, race
 from jaxformer.bench.decode import bench_decode
@@ -213,3 +214,12 @@ def test_a_bare_checkout_is_enough(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| target | measured |" in done.stdout
+
+
+def test_regressions_by_sweeps_find_the_rate_that_comes_nearest(monkeypatch):
+    for name, value in {"LENGTHS": (3,), "RATES": (1e-4, 1e-1), "SEEDS": 2}.items():
+        monkeypatch.setattr(regressions, name, value)
+    one, total = regressions.bench_regressions(steps=40, prompts=64)
+    assert one["best rate"] == 1e-1
+    assert 0 < one["excess"] < 0.2
+    assert total["members"] == one["members"] == 4

@@ -227,8 +227,8 @@ def _paper_verbs(verb: Verb) -> None:
     sub.add_argument("--out", default="results/compare", help="folder of the page and figures")
 
     sub = verb("bench", papers.bench, "measure this machine: ratios within one run")
-    what = ("loop", "sweep", "attention", "data", "checkpoint", "decode", "compress", "h200")
-    sub.add_argument("what", choices=what)
+    what = ("loop", "sweep", "regressions", "attention", "data", "checkpoint", "decode")
+    sub.add_argument("what", choices=(*what, "compress", "h200"))
     sub.add_argument("--out", help="h200: folder of the results (bench)")
     sub.add_argument("--stage", help="h200: numerics, peak, forward, ... (all)")
     sub.add_argument("--minutes", type=float, help="h200: time limit of a stage (7)")

@@ -100,6 +100,8 @@ def bench(options: argparse.Namespace, _: Any) -> None:
         from jaxformer.bench.decode import bench_decode as bench
     elif options.what == "sweep":
         from jaxformer.train.bench import bench_sweep as bench
+    elif options.what == "regressions":
+        from jaxformer.bench.regressions import bench_regressions as bench
     elif options.what == "loop":
         import jax
 
