@@ -162,7 +162,7 @@ CLAIMS = (
         at_least=0.9,
     ),
     claim(
-        "2 steps ahead it is better than one trained on naive graphs (difference).",
+        "2 steps ahead it is better than one trained as long on naive graphs (difference).",
         "section 3.4, figure 3",
         "far_gain",
         "the same model on naive graphs",
