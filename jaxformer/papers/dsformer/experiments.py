@@ -183,7 +183,7 @@ def plot(lab: Lab, dense: float, rows: list[dict[str, Any]]) -> Path:
     axis, at = axes[0, 0], np.arange(len(rows))
     for i, when in enumerate(("before training", "after")):
         bars = axis.bar(at + 0.4 * i, [row[when] for row in rows], 0.4, label=when)
-        axis.bar_label(bars, fmt="%.1f")
+        axis.bar_label(bars, fmt="%.1f", label_type="center", color="w")
     axis.axhline(dense, linestyle=":", color="k", label="dense, trained as long")
     axis.set(ylabel="accuracy %", ylim=(0, 125))
     axis.set_xticks(at + 0.2, [row["method"] for row in rows])
