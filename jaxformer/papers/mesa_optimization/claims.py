@@ -24,6 +24,7 @@ Array = jax.Array
 
 INITS = ((0.1, 0.1), (0.5, 1.5), (2.0, 2.0))  # a, b
 POINTS = 20  # of a curve
+SEEN = 0.1  # the least modulus of what is predicted, for predicted / true: smaller ones decide it
 # Of x_1 = (1 .. 1) and of a sparse x_1: sequences, steps and step size (gaussian: the config's).
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "sparse": {"batch_size": 1000, "steps": 800, "optim__learning_rate": 1e-2},
@@ -164,10 +165,11 @@ def balance(params: Params) -> Array:
 @jax.jit
 def _scores(params: Params, x: Array) -> dict[str, Array]:
     yhat = model.predict(*model.complex_matrices(params), model.embedding(x))
+    last, true = yhat[..., -1], x[..., -1]
     return {
         "loss": model.sequence_loss(yhat, x).mean(),
         "zero predictor": model.sequence_loss(jnp.zeros_like(yhat), x).mean(),
-        "ratio": jnp.mean((yhat[..., -1] / (x[..., -1] + 1e-5)).real),
+        "ratio": jnp.mean((last / true).real, where=jnp.abs(true) >= SEEN),
         "product": model.product(params),
         "a^2 - b^2": balance(params),
     }
