@@ -11,9 +11,9 @@ def get_config(preset: str) -> ConfigDict:
     """Counting; `--config.data.task=unique_copy` is another task, with its `data.lengths`."""
     config = base("rasp_length")
     config.model = {
-        "position": "learned",  # learned | rope | none | sinusoidal | alibi
+        "position": "alibi",  # learned | rope | none | sinusoidal | alibi
         "width": 64,
-        "depth": 2,
+        "depth": 3,
         "heads": 4,
         "hidden": 256,
         "mlp": "gelu_tanh",
@@ -40,7 +40,7 @@ def get_config(preset: str) -> ConfigDict:
         "test_rows": 128,
     }
     config.optim.update(learning_rate=1e-2, warmup_steps=50, name="muon")
-    config.update({"steps": 1000, "batch_size": 32})
+    config.update({"steps": 800, "batch_size": 32})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 8})
         config.model.update({"width": 32, "depth": 1, "heads": 2, "hidden": 64})
@@ -56,6 +56,7 @@ def get_config(preset: str) -> ConfigDict:
 def paper(config: ConfigDict) -> None:
     """The size of the appendix's table for binary copying; batch and rate are not stated."""
     config.model.update({"width": 512, "depth": 6, "heads": 8, "hidden": 2048})
+    config.model.position = "learned"
     config.model.dtype = "bfloat16"
     config.data.update({"symbols": 156, "hints": 200, "longest": 60, "row": 512})
     config.data.update({"lengths": (60, 90, 120, 150), "test_rows": 64})
