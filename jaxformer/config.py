@@ -180,7 +180,10 @@ def _read(field: str, value: Any, old: Any) -> Any:
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
     if kind is float and getattr(value, "shape", None) == ():
-        return value  # of an array: a member of a `Sweep` has its number traced
+        try:
+            value = float(value)
+        except TypeError:  # traced: the number of a member of a `Sweep`
+            return value
     if old is not None and type(value) is not kind:
         raise ConfigError(f"config.{field}: needs {_article(kind.__name__)}, like {old!r}")
     return value

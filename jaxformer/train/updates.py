@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxformer.recipe import Batch, Extra, LossOutput, Mean, Metrics, Params, Task, TrainState
-from jaxformer.train.optim import Optimizer, build
+from jaxformer.train.optim import Group, Optimizer, build
 
 
 @runtime_checkable
@@ -85,10 +85,10 @@ class GradientUpdate:
     offload: bool = False
 
     @classmethod
-    def of(cls, task: Task, config: Any) -> Self:
+    def of(cls, task: Task, config: Any, groups: Sequence[Group] = ()) -> Self:
         """As `config.optim`, `config.steps` and `config.gradient` say (`jaxformer.config.base`)."""
         gradient = config.gradient
-        optimizer = build(config.optim, config.steps)
+        optimizer = build(config.optim, config.steps, groups)
         ema = gradient.ema or None
         return cls(task, optimizer, gradient.accumulate, ema, config.optim.offload)
 

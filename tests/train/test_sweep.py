@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxformer.catalogue import load
 from jaxformer.data.base import DeviceData, FixedData
 from jaxformer.evaluation.evaluators import EachMember
 from jaxformer.observe.metrics import read_jsonl
@@ -127,3 +128,15 @@ def test_one_that_diverges_does_not_stop_the_others(one_device, tmp_path):
 def test_what_is_refused(seeds, settings, says):
     with pytest.raises(ConfigError, match=says):
         Sweep(make, seeds, settings)
+
+
+def test_a_configs_number_is_stored_as_it_is_or_traced():
+    """Of an array there is its number in the recipe's config; of a member's nothing is lost."""
+    kept = load("linear_icl:tiny", optim__learning_rate=np.float32(0.5)).config
+    assert kept["optim"]["learning_rate"] == 0.5
+
+    def rate(value):
+        recipe = load("linear_icl:tiny", optim__learning_rate=value, optim__schedule="constant")
+        return recipe.phases[0].update.optimizer.schedule(0)
+
+    np.testing.assert_allclose(jax.vmap(rate)(jnp.array([0.1, 0.2])), [0.1, 0.2], rtol=1e-6)

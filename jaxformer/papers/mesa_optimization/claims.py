@@ -35,15 +35,15 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 def exact_flow(lab: Lab) -> Findings:
     """Theorem 4.1 and beyond it: flow of the exact loss, all entries of both matrices free."""
     lab = dataclasses.replace(lab, preset="flow")
-    rows = []
+    rows, (a_0, b_0) = [], INITS[1]
     for start in STARTS:
-        recipe = lab.recipe(data__start=start, model__a=0.5, model__b=1.5)
+        recipe = lab.recipe(data__start=start, model__a=a_0, model__b=b_0)
         law = recipe.config["data"]
         params, of = lab.fit(recipe).params, model.moments(start, law["d"])
-        a, b = model.limit(of, law["T"], 0.5, 1.5)
+        a, b = model.limit(of, law["T"], a_0, b_0)
         end = model.diagonal(a, b, law["d"])
         gap = optax.tree.norm(optax.tree.sub(params, end)) / optax.tree.norm(end)
-        drift = abs(balance(params) - (0.5**2 - 1.5**2)) / (0.5**2 + 1.5**2)
+        drift = abs(balance(params) - (a_0**2 - b_0**2)) / (a_0**2 + b_0**2)
         rows.append(
             {
                 "x_1": start,

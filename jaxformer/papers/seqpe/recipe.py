@@ -147,11 +147,8 @@ class Positions:
                 task, [Phase("train", config.steps, train, update)], evaluators, unit=unit
             )
         train = Numbered(train, config.seed)
-        update = GradientUpdate.of(task, config)
         groups = (optim.Group(ENCODER, weight_decay=0.0), optim.Group(f"^(?!.*{ENCODER})"))
-        update = dataclasses.replace(
-            update, optimizer=optim.build(config.optim, config.steps, groups)
-        )
+        update = GradientUpdate.of(task, config, groups)
         phases = [Phase("train", config.steps, train, update)]
         return Recipe(task, phases, evaluators, unit=unit)
 

@@ -21,7 +21,6 @@ from jaxformer.papers.tega.tokens import SYNTAXES, Vocabulary, rows
 from jaxformer.papers.tega.types import TYPES
 from jaxformer.recipe import Batch, Phase, Recipe
 from jaxformer.train.optim import Group
-from jaxformer.train.optim import build as build_optimizer
 from jaxformer.train.updates import GradientUpdate
 
 TEST_ROWS = 64  # queries of a test batch
@@ -159,10 +158,7 @@ def build(config: ConfigDict) -> Recipe:
     )
     train = Deferred(training, config.batch_size, row | {"answer": ((), np.int32)})
     groups = (Group(GAMMA, config.guide_rate), Group(f"^(?!.*{GAMMA})"))
-    update = dataclasses.replace(
-        GradientUpdate.of(task, config),
-        optimizer=build_optimizer(config.optim, config.steps, groups),
-    )
+    update = GradientUpdate.of(task, config, groups)
     return Recipe(task, [Phase("train", config.steps, train, update)], [test], unit="queries")
 
 
