@@ -188,8 +188,10 @@ def test_addition_by_itself(reverse):
 def test_counting_by_itself():
     for a in range(41):
         for b in range(a, 41):
-            x = np.array([-1, a, b, *range(a, b + 1), -5])
-            assert programs.count(x)[2:-1].tolist() == x[3:].tolist()
+            answer = [*range(a, b + 1), -5]
+            for question in ([-1, a, b], [-1, a, b, -3]):
+                found = programs.count(np.array([*question, *answer]))
+                assert found[len(question) - 1 : -1].tolist() == answer
     assert core.complete(programs.count, [-1, 3, 6], end=-5).tolist() == [-1, 3, 6, 3, 4, 5, 6, -5]
 
 
@@ -198,7 +200,7 @@ def test_counting_by_itself():
 
 def test_answers_are_right():
     for question, answer, length in questions_and_answers("count"):
-        _, a, b = question
+        _, a, b, _ = question
         assert answer == [*range(a, b + 1), -5] and b - a + 1 == length
     for name in ("unique_copy", "repeat_copy", "sort"):
         for question, answer, length in questions_and_answers(name):
@@ -289,10 +291,10 @@ def test_packed_rows_hold_whole_examples_whose_answers_are_scored(name):
                 assert place[-1] == row
                 continue
             whole += 1
-            question = 3 if name == "count" else part.index(-3) + 1
+            question = part.index(-3) + 1
             assert scored[place].tolist() == [False] * question + [True] * (len(part) - question)
             if name == "count":
-                assert part[3:-1] == [*range(part[1], part[2] + 1)]
+                assert part[4:-1] == [*range(part[1], part[2] + 1)]
         assert not scored[segment == 0].any()
     assert whole > 64
 

@@ -21,32 +21,33 @@ from jaxformer.parallel.mesh import make_mesh
 from jaxformer.recipe import Claim, EvalContext, Findings, TrainState
 
 # What differs from the config's `small`, which counts: the lengths that are trained on end at the
-# first of those that are measured. Where what a symbol stands for may be read off examples packed
-# before, as of hints, they are kept apart.
+# first of those that are measured.
 COPY: Mapping[str, Any] = {
+    "data__symbols": 60,
     "data__longest": 15,
     "data__lengths": (15, 20, 25),
     "data__row": 112,
     "batch_size": 16,
     "steps": 3500,
 }
-PARITY: Mapping[str, Any] = {
-    "data__longest": 12,
-    "data__lengths": (12, 15, 18),
-    "data__reset": True,
-}
+PARITY: Mapping[str, Any] = {"data__longest": 12, "data__lengths": (12, 15, 18)}
+# Hints say which bit is meant within one example: others are hidden. The next one that is 1 may be
+# anywhere in the question, so there is no ALiBi, with which 0.72 go on to 18 (0.98 without). Of 40
+# hints each is met half as often, and 0.63 go on.
+APART: Mapping[str, Any] = {**PARITY, "data__reset": True, "model__position": "none"}
 TASKS: Mapping[str, Mapping[str, Any]] = {
     "count": {"data__lengths": (20, 25, 30, 40)},
     "unique_copy": COPY,
     "repeat_copy": COPY,
-    "parity": {**PARITY, "steps": 800},
-    "parity_with_hints": {**PARITY, "data__row": 80},
+    "parity": PARITY,
+    "parity_apart": {**APART, "data__task": "parity"},
+    "parity_with_hints": {**APART, "data__hints": 20, "data__row": 80},
 }
 
 
 def trained(lab: Lab, task: str, **fields: Any) -> tuple[TrainState, LengthSweep]:
     """A model of a task, and the sweep that measures it."""
-    recipe = lab.recipe(data__task=task, **fields)
+    recipe = lab.recipe(**{"data__task": task, **fields})
     (sweep,) = recipe.evaluators
     return lab.fit(dataclasses.replace(recipe, evaluators=())), sweep
 
@@ -155,12 +156,17 @@ CLAIMS: Sequence[Claim] = (
     at_least("And goes on to 25.", "unique_copy_25", 0.7, "copying two symbols, below"),
     at_least("Copying 15 symbols of two kinds is learned too.", "repeat_copy_15", 0.98),
     at_most("But does not go on to 25.", "repeat_copy_25", 0.5, "different symbols, above"),
-    at_most("Parity does not go on from 12 bits to 18.", "parity_18", 0.65, "chance: 0.5"),
+    at_most(
+        "Parity is chance at 18 bits: trained on 12 as counting is, it is not even learned.",
+        "parity_18",
+        0.65,
+        "chance: 0.5",
+    ),
     at_least(
-        "With hints and a scratchpad, of which there is a short program, it does.",
+        "With hints and a scratchpad, of which there is a short program, it goes on to 18.",
         "parity_with_hints_18",
         0.8,
-        "parity without, above",
+        "parity without, kept apart too: in the table",
     ),
     Claim(
         says="AND learned on zeros in the first half of 12 bits knows them in the last quarter "

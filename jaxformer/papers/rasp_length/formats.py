@@ -69,17 +69,17 @@ def interleave(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 class Count(Symbols):
-    """START a b a a+1 .. b END, of `length` numbers: there is no separator."""
+    """START a b > a a+1 .. b END, of `length` numbers."""
 
     def room(self, length: int) -> int:
         self.check(length, self.symbols, "data.symbols")
-        return length + 4
+        return length + 5
 
     def __call__(self, key: jax.Array, length: jax.Array, longest: int) -> Example:
         first = FIRST + jax.random.randint(key, (), 0, self.symbols - length + 1)
-        ends = jnp.stack([jnp.asarray(START), first, first + length - 1])
+        question = jnp.stack([jnp.asarray(START), first, first + length - 1, jnp.asarray(SEP)])
         numbers = first + jnp.arange(longest)
-        tokens, at = join(self.room(longest), (ends, 3), (numbers, length), one(END))
+        tokens, at = join(self.room(longest), (question, 4), (numbers, length), one(END))
         return Example(tokens, at[0], at[-1])
 
 

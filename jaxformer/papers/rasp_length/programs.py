@@ -33,10 +33,13 @@ EVEN, ODD = 2, 3  # the signs of the parity scratchpad, "+" and "-"
 
 @program
 def count(x: Array, end: int = END, missing: int = -1) -> Array:
-    """START a b -> a a+1 .. b END; `missing` is the place of START before there is one."""
+    """START a b > -> a a+1 .. b END, or without ">", as the official program has it.
+
+    `missing` is the place of START before there is one.
+    """
     start = lasts(x, full(x, START), missing)
     a, b = index_select(x, start + 1), index_select(x, start + 2)
-    first = seq_map(indices(x), start + 2, equals)
+    first = seq_map(indices(x), start + 2, equals) | (x == SEP)
     last = seq_map(x, b, equals)
     return where(first, a, where(last, full(x, end), x + 1))
 
