@@ -299,8 +299,8 @@ def test_eight_devices_split_heads_as_one_does():
     one, eight = (fit(recipe, mesh=mesh, options=FitOptions(progress=False)) for mesh in meshes)
     kept = paths.leaves(one.extra[STATE])
     assert {int(x) for name, x in kept.items() if name.endswith("count")} == {3}
-    # Thousands of squares summed one after the other in float32 (optimisation is off in the tests)
-    # are off by up to 1.1e-5 of what eight partial sums give; a batch not whole would be by 8 times.
+    # Thousands of squares added one by one in float32 (optimisation is off in the tests) are off by
+    # up to 1.1e-5 of what eight partial sums give; norms of one device's rows would be an eighth.
     for name, x in paths.leaves(eight.extra[STATE]).items():
         np.testing.assert_allclose(x, kept[name], rtol=1e-4, err_msg=name)
     for name, x in paths.leaves(eight.params).items():
