@@ -25,7 +25,7 @@ REFERENCE = {  # of one draw
     4: {"tensor": 0.564, "64x64": 0.251, "32x32": 0.153, "16x16": 0.079},
     8: {"tensor": 0.212, "64x64": 0.0106, "32x32": 0.0034, "16x16": 0.0011},
 }
-DRAWS = 64
+DRAWS = 512  # of a tail so heavy that the reference is outside of what 64 give with some seeds
 
 
 def heavy_tailed(seed: int) -> np.ndarray:
