@@ -27,7 +27,7 @@ def get_config(preset: str) -> ConfigDict:
         # addition
         "task": "count",
         # Of count, unique_copy, sort and mode. Of 60 numbers most pairs are met in training, and
-        # are learned one by one: of counts to 40 .54 were right, with 155, the paper's, .97.
+        # are learned one by one: of counts to 40 0.54 are right, with 155, the paper's, 0.97.
         "symbols": 155,
         "hints": 40,  # in the set; of addition 0: none
         "scratchpad": "",  # of mode: frequency | appearance
