@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxformer import paths
+from jaxformer.kernels.target import one_device
 from jaxformer.recipe import Batch, ConfigError, Data, Recipe
 
 MeshAxes = str | tuple[str, ...] | None
@@ -174,9 +175,9 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     Does nothing outside a mesh. Without it on the residual stream and the logits, a 7B model on
     a pod runs out of memory (measured by ahead-of-time compilation).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if one_device():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
     spec = _fit([ACTIVATION_AXES[axis] if axis else None for axis in axes], x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, spec)
 
