@@ -37,12 +37,6 @@ def target() -> Target:
     return Target(platform, device.device_kind)
 
 
-def one_device() -> bool:
-    """Whether the program being traced is for a single device: no axis can be divided."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
-
-
 def on_paper() -> contextlib.AbstractContextManager[None]:
     """Trace for nothing that runs: operations become the products they need, to be counted."""
     device = AbstractDevice("paper", None, "paper")

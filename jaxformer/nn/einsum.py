@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxformer.kernels.target import one_device, target
+from jaxformer.kernels.target import target
+from jaxformer.parallel.sharding import one_device
 
 Initializer = jax.nn.initializers.Initializer
 KernelInit = Callable[[str], Initializer]  # of an equation

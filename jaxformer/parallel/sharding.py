@@ -14,7 +14,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxformer import paths
-from jaxformer.kernels.target import one_device
 from jaxformer.recipe import Batch, ConfigError, Data, Recipe
 
 MeshAxes = str | tuple[str, ...] | None
@@ -167,6 +166,12 @@ def place(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return paths.map_named(one, abstract)
+
+
+def one_device() -> bool:
+    """Whether the program being traced is for a single device: no axis can be divided."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
