@@ -37,7 +37,7 @@ def get_config(preset: str) -> ConfigDict:
     config.update({"steps": 1200, "batch_size": 64})
     if preset == "tiny":
         config.update({"steps": 60, "batch_size": 16})
-        config.model.update({"width": 32, "depth": 2, "heads": 2, "hidden": 64})
+        config.model.update({"width": 32, "depth": 2, "heads": 2, "hidden": 64, "dropout": 0.0})
         config.data.update({"train": 512, "test": 128, "test_rows": 64})
         config.optim.warmup_steps = 5
     elif preset == "paper":
