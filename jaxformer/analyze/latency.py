@@ -170,18 +170,24 @@ class TimedBlock:
         mixer = Make(Attention, heads=h, head_size=qk, value_size=v, scale=qk**-0.5)
         return Block(mixer, Make(MLP, hidden=m))
 
-    def __call__(self, widths: Widths) -> float:
+    def clock(self, widths: Widths) -> Callable[[], float]:
+        """What times one call of the block, compiled."""
         block = self.block(widths)
         x = jnp.ones((self.batch, self.tokens, int(widths.embedding)), self.dtype)
         variables = jax.jit(lambda x: block.init(jax.random.key(0), x, mask=FULL))(x)
         call = jax.jit(lambda v, x: block.apply(v, x, mask=FULL))
         jax.block_until_ready(call(variables, x))
-        seconds = []
-        for _ in range(self.repeats):
+
+        def once() -> float:
             start = time.perf_counter()
             jax.block_until_ready(call(variables, x))
-            seconds.append(time.perf_counter() - start)
-        return float(np.median(seconds))
+            return time.perf_counter() - start
+
+        return once
+
+    def __call__(self, widths: Widths) -> float:
+        once = self.clock(widths)
+        return float(np.median([once() for _ in range(self.repeats)]))
 
 
 def total(latency: Latency, blocks: Sequence[Widths]) -> jax.Array:
