@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +42,32 @@ def test_einsum_reads_its_shapes_from_the_equation(equation, features, x_shape, 
     expected = np.einsum(equation, x, params["kernel"])
     aligned = {"BLHK,HKJ->BHLJ": (3, 1, 2)}.get(equation, bias)
     np.testing.assert_allclose(y, expected + params["bias"].reshape(aligned), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("equation", "features", "x_shape"),
+    [
+        ("...D,DHK->...HK", (3, 5), (2, 4, 6)),
+        ("...HK,HKD->...D", (7,), (2, 4, 3, 5)),
+        ("...D,DF->...F", (7,), (6,)),
+        ("...D,DF->...F", (7,), (0, 4, 6)),
+    ],
+)
+def test_einsum_as_a_product_of_matrices_has_the_gradients_of_the_einsum(
+    equation, features, x_shape
+):
+    x = jax.random.normal(KEY, x_shape)
+    einsum = Einsum(equation, features, use_bias=False)
+    kernel = einsum.init(KEY, x)["params"]["kernel"]
+
+    def ours(kernel, x):
+        return jnp.sum(einsum.apply({"params": {"kernel": kernel}}, x) ** 2)
+
+    def spelt(kernel, x):
+        return jnp.sum(jnp.einsum(equation, x, kernel) ** 2)
+
+    found, expected = (jax.grad(f, argnums=(0, 1))(kernel, x) for f in (ours, spelt))
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(
