@@ -395,6 +395,7 @@ def test_bad_input_is_named():
         ({"data__task": "subtraction"}, "data.task='subtraction'"),
         ({"data__task": "mode", "data__scratchpad": "yes"}, "data.scratchpad='yes'"),
         ({"data__shortest": 9}, "data.shortest=9"),
+        ({"data__lengths": (4, 16)}, "data.row=16: an example of length 16"),
     ):
         with pytest.raises(ConfigError, match=says):
             load("rasp_length:tiny", **overrides)
@@ -402,6 +403,6 @@ def test_bad_input_is_named():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_built(task):
-    recipe = load("rasp_length:tiny", data__task=task, data__row=48)
+    recipe = load("rasp_length:tiny", data__task=task, data__row=64)
     batch = jax.eval_shape(recipe.phases[0].data.draw, recipe.phases[0].data.spec())
-    assert batch["tokens"].shape == (recipe.config["batch_size"], 49)
+    assert batch["tokens"].shape == (recipe.config["batch_size"], 65)
