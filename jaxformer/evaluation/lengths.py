@@ -55,6 +55,10 @@ class LengthSweep:
     name: str = "lengths"
     every: int | Literal["phase_end", "end"] = "end"
 
+    def __post_init__(self) -> None:
+        for length in self.lengths:
+            self.examples(length)  # what cannot be made is refused now, not after the training
+
     @functools.cached_property
     def _score(self) -> Callable[..., Metrics]:
         def score(params: Params, extra: Extra, batch: Batch) -> Metrics:

@@ -113,13 +113,14 @@ def _product(axes: Axes, x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Arr
     if not (axes.kernel == axes.x + axes.out and target().platform == "cpu" and one_device()):
         equation = f"...{axes.x},{axes.kernel}->...{axes.out}"
         return jnp.einsum(equation, x, kernel, preferred_element_type=dtype)
-    lead, inner = x.shape[: x.ndim - len(axes.x)], kernel.shape[: len(axes.x)]
-    outer = kernel.shape[len(axes.x) :]
-    rows, columns = (
-        x.reshape(math.prod(lead), math.prod(inner)),
-        kernel.reshape(-1, math.prod(outer)),
+    lead, features = x.shape[: x.ndim - len(axes.x)], kernel.shape[len(axes.x) :]
+    contracted = math.prod(kernel.shape[: len(axes.x)])
+    y = jnp.matmul(
+        x.reshape(math.prod(lead), contracted),
+        kernel.reshape(contracted, math.prod(features)),
+        preferred_element_type=dtype,
     )
-    return jnp.matmul(rows, columns, preferred_element_type=dtype).reshape(*lead, *outer)
+    return y.reshape(*lead, *features)
 
 
 def fan_in_normal(equation: str, scale: float = 1.0) -> Initializer:

@@ -57,16 +57,10 @@ def format_of(data: ConfigDict) -> Format:
 
 
 def unseen(config: ConfigDict, format: Format) -> Callable[[int], Data]:
-    """Fresh examples of a length, one to a row.
-
-    Raises:
-        ConfigError: one of `config.data.lengths` does not fit a row; now, not after the training.
-    """
+    """Fresh examples of a length, one to a row."""
 
     def examples(length: int) -> Data:
         rows = Alone(format, length, config.data.row)
         return DeviceData(rows, config.data.test_rows, config.seed + UNSEEN)
 
-    for length in config.data.lengths:
-        examples(length)
     return examples
