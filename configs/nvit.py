@@ -31,8 +31,8 @@ def get_config(preset: str) -> ConfigDict:
         "interval": 5,  # steps between two rounds
         "groups_per_round": 1.0,
         "groups": {"embedding": 4, "head": 1, "qk": 2, "value": 2, "mlp": 8},  # units of one
-        # What a block's whole latency is worth; 0: score alone. The paper's 4.04e-5 is for scores
-        # of ImageNet's; of those of digits it changes next to nothing.
+        # What a block's whole latency is worth; 0: score alone. The paper's 4.04e-5 is for
+        # scores of ImageNet's.
         "eta": 3e-2,
         "latency_table": "",  # an .npz of jaxformer.analyze.latency; none: the formula
         "norm": "masked",  # masked | legacy: over removed channels too, as the authors' code
