@@ -229,7 +229,9 @@ def test_nothing_dropped_is_the_plain_model(pool):
     layers = [Layer(i, 1.0, 0, 3) for i in (1, 3, 4)]
     short = pruned(model, layers, Options())
     found = jax.jit(short.apply)(variables, image)
-    np.testing.assert_allclose(found, jax.jit(model.apply)(variables, image), atol=1e-6)
+    plain = jax.jit(model.apply)(variables, image)
+    # Two programs, each with its own order of sums: 1e-6 apart at 1.25 on one machine.
+    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
