@@ -37,7 +37,7 @@ def get_config(preset: str) -> ConfigDict:
         "train_types": ("1p", "2p", "2i", "2u", "2in", "ip"),
         "test_types": ("3p", "3i", "pi", "inp", "up"),
         "train_queries": 2000,  # of each type, or as many as there are
-        "test_queries": 100,
+        "test_queries": 400,
         "length": 22,  # tokens of the longest query
     }
     # Of the rate, what the guide's gamma learns at: at the whole of it a guide costs 0.02 MRR.
