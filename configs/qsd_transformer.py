@@ -17,7 +17,9 @@ def get_config(preset: str) -> ConfigDict:
         "leak": 0.0,  # of a membrane that remembers; 0: none
         "fgd": 0.2,  # weight of fine-grained distillation; 0: none
         "label_smoothing": 0.1,
-        "layer_scale": 1e-6,
+        # The paper's 1e-6 is for 300 epochs: in 400 steps a block is then seen so late that being
+        # taught attention costs .2 points (means of six trainings), and gains as much with 0.1.
+        "layer_scale": 0.1,
         "heads": 4,
         # One of each for every stage: a downsampling, then blocks.
         "widths": (16, 32),
@@ -40,7 +42,7 @@ def get_config(preset: str) -> ConfigDict:
     if preset == "tiny":
         config.update({"steps": 30, "teacher_steps": 10, "batch_size": 32})
         config.model.depths = (1, 1)
-        # A block with the paper's would not be seen in so few steps, and its lesson not learnt.
+        # A block with less would not be seen in so few steps, and its lesson not learnt.
         config.model.update({"layer_scale": 0.5, "fgd": 0.01, "label_smoothing": 0.0})
         config.model.bits = 8
         config.optim.update(learning_rate=1e-2, warmup_steps=15, clip=0.0)
@@ -61,6 +63,7 @@ def paper(config: ConfigDict, preset: str) -> None:
     config.model.update({"kinds": ("conv", "conv", "conv", "attention", "attention")})
     config.model.update({"depths": (1, 1, 2, 6, 2), "sizes": (7, 3, 3, 3, 3)})
     config.model.update({"strides": (2, 2, 2, 2, 1), "dtype": "bfloat16"})
+    config.model.layer_scale = 1e-6
     config.data.update({"root": "imagenet", "size": 224, "classes": 1000})
     epoch = 817
     config.update({"steps": 300 * epoch, "teacher_steps": 300 * epoch, "batch_size": 1568})

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformer.evaluation.evaluators import placed_batches
 from jaxformer.parallel.multihost import everywhere
-from jaxformer.parallel.sharding import host_rows, place_batch
 from jaxformer.recipe import Batch, Data, EvalContext, Predicts, TrainState
 from jaxformer.train.states import on_device
 
@@ -67,12 +67,9 @@ class Alignment:
             z = self.task.predict(state.params, state.extra, batch, key=jax.random.key(0))
             return z, jnp.asarray(batch.get("weight", jnp.ones(len(z))))
 
-        count = len(self.films) if self.batches is None else self.batches  # type: ignore[arg-type]
-        rows, found = host_rows(self.films, context.mesh), []
-        for index in range(count):
-            context.alive()
-            batch = self.films.batch(index, rows)
-            z, weight = embed(place_batch(batch, context.mesh, self.films.batch_size))
+        found = []
+        for batch in placed_batches(self.films, context, self.batches):
+            z, weight = embed(batch)
             pairs, weight = everywhere(z), everywhere(weight)
             found += [[m(*pair) for m in self.metrics] for pair in pairs[weight > 0]]
         means = np.mean(found, axis=0)

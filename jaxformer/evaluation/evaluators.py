@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 import jax
@@ -30,6 +30,14 @@ from jaxformer.recipe import (
 from jaxformer.train.states import on_device
 from jaxformer.train.sweep import Sweep
 from jaxformer.train.updates import merge
+
+
+def placed_batches(data: Data, context: EvalContext, count: int | None = None) -> Iterator[Batch]:
+    """The first `count` batches of `data`, all of a finite one, on the mesh of `context`."""
+    rows = host_rows(data, context.mesh)
+    for index in range(len(data) if count is None else count):  # type: ignore[arg-type]
+        context.alive()
+        yield place_batch(data.batch(index, rows), context.mesh, data.batch_size)
 
 
 def perplexity(values: Mapping[str, float]) -> float:
@@ -93,13 +101,9 @@ class MeanEvaluator:
         return jax.jit(score)
 
     def __call__(self, state: TrainState, context: EvalContext) -> dict[str, float]:
-        count = self.batches if self.batches is not None else len(self.data)  # type: ignore[arg-type]
-        rows = host_rows(self.data, context.mesh)
         totals: Metrics = {}
         kept: list[dict[str, np.ndarray]] = []
-        for index in range(count):
-            context.alive()
-            batch = place_batch(self.data.batch(index, rows), context.mesh, self.data.batch_size)
+        for index, batch in enumerate(placed_batches(self.data, context, self.batches)):
             metrics, columns = self._score(state.params, state.extra, batch, index)
             totals = merge(totals, jax.device_get(metrics))
             kept.append({name: everywhere(column) for name, column in columns.items()})

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxformer.parallel.sharding import host_rows, place_batch
+from jaxformer.evaluation.evaluators import placed_batches
 from jaxformer.recipe import (
     Batch,
     Data,
@@ -77,11 +77,8 @@ class LengthSweep:
         for length in self.lengths:
             data, totals = self.examples(length), {}
             draw = jax.jit(functools.partial(on_device, data))
-            for index in range(self.batches):
-                context.alive()
-                rows = data.batch(index, host_rows(data, context.mesh))
-                batch = draw(place_batch(rows, context.mesh, data.batch_size))
-                scores = self._score(state.params, state.extra, batch)
+            for batch in placed_batches(data, context, self.batches):
+                scores = self._score(state.params, state.extra, draw(batch))
                 totals = merge(totals, jax.device_get(scores))
             found |= {f"{name}_{length}": float(mean.value()) for name, mean in totals.items()}
         return found

@@ -124,8 +124,6 @@ def encoder(lab: Lab) -> Findings:
     for site, arms in SITES.items():
         row: dict[str, Any] = {"outliers at": site}
         fields = {"outliers__at": site}
-        if site == "values":
-            fields["outliers__channels"] = 2
         plain = lab.recipe(compress__bits="float", **fields)
         injected = jax.jit(plain.phases[1].enter)(state)
         row["float"] = accuracy(recipe.evaluators[1], injected)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxformer.evaluation.evaluators import placed_batches
 from jaxformer.evaluation.ranking import reciprocal_rank
 from jaxformer.papers.tega.queries import Queries, Query
-from jaxformer.parallel.sharding import host_rows, place_batch
 from jaxformer.recipe import (
     Batch,
     Data,
@@ -115,10 +115,7 @@ class FourCells:
 
     def __call__(self, state: TrainState, context: EvalContext) -> Mapping[str, float]:
         totals: Metrics = {}
-        rows = host_rows(self.data, context.mesh)
-        for index in range(len(self.data)):  # type: ignore[arg-type]
-            context.alive()
-            batch = place_batch(self.data.batch(index, rows), context.mesh, self.data.batch_size)
+        for batch in placed_batches(self.data, context):
             found = jax.device_get(self._score(state.params, state.extra, batch))
             totals = merge(totals, found)
         by_type = {name: float(x.value()) for name, x in totals.items() if x.weight}
