@@ -29,7 +29,8 @@ def get_config(preset: str) -> ConfigDict:
         "calibration": 8,  # of static: batches of training data that are looked at
     }
     # Put into the trained model without a change of what it computes; at none | norms | values.
-    config.outliers = {"at": "norms", "channels": 2, "factor": 60.0}
+    # Which channels is told by the seed and `draw`.
+    config.outliers = {"at": "norms", "channels": 2, "factor": 80.0, "draw": 0}
     config.huggingface = ConfigDict()  # of an imported BERT its config.json
     config.init_from = ""  # the run of a trained encoder, such as `jaxformer import` makes
     config.optim.update(name="muon", learning_rate=5e-3, warmup_steps=100, clip=1.0)

@@ -23,7 +23,7 @@ MIXER_READERS = {"query": -3, "key": -3, "value": -3}
 MLP_READERS = {"up": -2, "gate": -2}
 
 
-def draw_channels(width: int, count: int, seed: int = 0) -> tuple[int, ...]:
+def draw_channels(width: int, count: int, seed: int | Sequence[int] = 0) -> tuple[int, ...]:
     """`count` different channels out of `width`, in order.
 
     Raises:

@@ -139,14 +139,15 @@ def injection(config: ConfigDict) -> Callable[[TrainState], TrainState]:
         return lambda params: params
     if config.huggingface:
         raise ConfigError(f"outliers.at={fields.at!r}: an imported model has its own; give 'none'")
+    drawn = (config.seed, fields.draw)
     if fields.at == "values":
         _, head_size = head_sizes(model.width, model.heads)
-        channels = draw_channels(head_size, fields.channels, config.seed)
+        channels = draw_channels(head_size, fields.channels, drawn)
         return lambda params: at_values(params, channels, fields.factor)
     if model.order != "pre":
         raise ConfigError(
             f"outliers.at='norms': model.order={model.order!r} would change what the model "
             "computes; give model.order='pre' or outliers.at='values'"
         )
-    channels = draw_channels(model.width, fields.channels, config.seed)
+    channels = draw_channels(model.width, fields.channels, drawn)
     return lambda params: at_norms(params, channels, fields.factor)
