@@ -205,8 +205,9 @@ def test_small_is_as_much_smaller_as_it_says():
     )[0]
     table = recipe.task.factorised.model.interceptors[0].table
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params)
-    found = model.ratios(zeros, table, 2.8)
-    assert found["dense_sparse"] >= 2.8 and found["svd"] >= 2.8
+    ratio = recipe.config["factor"]["ratio"]
+    found = model.ratios(zeros, table, ratio)
+    assert found["dense_sparse"] >= ratio and found["svd"] >= ratio
 
 
 def test_thin_factors_are_an_arm():
