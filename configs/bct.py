@@ -13,7 +13,7 @@ def get_config(preset: str) -> ConfigDict:
     config = base("bct")
     text_pairs(config)
     # BERT's. Four bits erase weights that outliers have made small beside their block's largest;
-    # without dropout an encoder may need just these channels (3.2 points lost with seed 1, now 0).
+    # without dropout one may need just these channels (3.2 points lost, 1200 steps, 60 times, seed 1).
     config.model.dropout = 0.1
     config.compress = {
         "bits": "int4/8",  # float | int8 | int4/8 (weights/values) | fp8
