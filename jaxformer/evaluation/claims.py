@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxformer.evaluation.report import markdown_table, relative
 from jaxformer.recipe import Claim, Findings, Recipe, TrainState
 from jaxformer.train.fit import FitOptions, fit
@@ -33,10 +35,21 @@ class Lab:
         options = FitOptions(seed=self.seed, progress=self.progress)
         return fit(recipe, options=options)
 
+    def members(self, count: int) -> list[Lab]:
+        """As many labs, with seeds that no other seed's members have: for means over trainings."""
+        return [dataclasses.replace(self, seed=count * self.seed + i) for i in range(count)]
+
     def figure(self, name: str) -> Path:
         """The file for a figure."""
         self.workdir.mkdir(parents=True, exist_ok=True)
         return self.workdir / f"{name}.png"
+
+
+def over(
+    members: Sequence[Mapping[str, float]], statistic: Callable[..., Any] = np.mean
+) -> dict[str, float]:
+    """A statistic over members of each of their numbers."""
+    return {name: float(statistic([one[name] for one in members])) for name in members[0]}
 
 
 def run_claims(claims: Sequence[Claim], lab: Lab) -> bool:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jaxformer.analyze.operations import megabytes, operations, products
 from jaxformer.compress.binary import BinaryCost
-from jaxformer.evaluation.claims import Lab
+from jaxformer.evaluation.claims import Lab, over
 from jaxformer.evaluation.report import figure
 from jaxformer.observe.metrics import read_jsonl
 from jaxformer.papers.bivit.model import (
@@ -43,9 +43,9 @@ def accuracy(lab: Lab) -> Findings:
         recipe, start = lab.recipe(), f"{folder}/float"
         alone = dataclasses.replace(recipe, phases=recipe.phases[:1])
         full = by_phase(lab, alone, start)["float"]
-        seeds = [dataclasses.replace(lab, seed=SEEDS * lab.seed + i) for i in range(SEEDS)]
+        seeds = lab.members(SEEDS)
         rows = [{"float": full, **binary(other, start)} for other in seeds]
-    mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    mean = over(rows)
     values = {
         "float": full,
         "attention_gain": mean["attention: softmax-aware"] - mean["attention: positive scores"],

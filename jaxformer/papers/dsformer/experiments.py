@@ -17,7 +17,7 @@ from jaxformer import paths
 from jaxformer.compress.factored import STATE
 from jaxformer.compress.factorize import factorise, low_rank
 from jaxformer.compress.factors import FactorSpec, materialise
-from jaxformer.evaluation.claims import Lab
+from jaxformer.evaluation.claims import Lab, over
 from jaxformer.evaluation.report import figure
 from jaxformer.observe.metrics import read_jsonl
 from jaxformer.papers.dsformer.model import ratios
@@ -148,9 +148,8 @@ def dense(lab: Lab, folder: str) -> tuple[TrainState, TrainState]:
 
 def encoder(lab: Lab) -> Findings:
     """Encoders whose training goes on in factors, each with seeds of its own throughout."""
-    labs = [dataclasses.replace(lab, seed=SEEDS * lab.seed + i) for i in range(SEEDS)]
-    rows = [continued(each) for each in labs]
-    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    rows = [continued(each) for each in lab.members(SEEDS)]
+    mean = over(rows)
     values = {
         **{f"{method}_accuracy": mean[method] for method in ("dense", *METHODS)},
         "gain_frozen": mean["weight"] - mean["frozen"],

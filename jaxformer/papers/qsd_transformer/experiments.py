@@ -15,7 +15,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from jaxformer.analyze.operations import MAPS, Product, megabytes, products, spike_energy
-from jaxformer.evaluation.claims import Lab
+from jaxformer.evaluation.claims import Lab, over
 from jaxformer.evaluation.report import figure
 from jaxformer.observe.metrics import read_jsonl
 from jaxformer.papers.qsd_transformer.model import ATTENTION_GAIN, quantized
@@ -40,9 +40,9 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 
 def accuracy(lab: Lab) -> Findings:
     """Six seeds of a network of floats and of the spiking networks beside it."""
-    seeds = [dataclasses.replace(lab, seed=SEEDS * lab.seed + i) for i in range(SEEDS)]
+    seeds = lab.members(SEEDS)
     rows = [one(other) for other in seeds]
-    mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    mean = over(rows)
     best = max(mean["integer"], mean["integer, distilled"])
     values = {
         "levels_gain": mean["integer, early"] - mean["binary, early"],

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxformer.evaluation.claims import Lab
+from jaxformer.evaluation.claims import Lab, over
 from jaxformer.evaluation.report import figure
 from jaxformer.papers.tega.cells import KNOWLEDGE, answer_arrays, cells, reciprocal_ranks
 from jaxformer.papers.tega.formula import reversed_operands
@@ -34,7 +34,7 @@ TITLES = ("ID(Q)/ID(K)", "ID(Q)/OOD(K)", "OOD(Q)/ID(K)", "OOD(Q)/OOD(K)")
 
 def entailment(lab: Lab) -> Findings:
     """Four cells of filtered MRR for three encoders, and with all operands in the other order."""
-    labs = [dataclasses.replace(lab, seed=GRAPHS * lab.seed + i) for i in range(GRAPHS)]
+    labs = lab.members(GRAPHS)
     graphs = [on_graph(one) for one in labs]
     found, spread = (
         {arm: over([graph[arm] for graph in graphs], statistic) for arm in graphs[0]}
@@ -119,11 +119,6 @@ def averaged(ranks: Any, batch: Batch, corpus: Corpus) -> dict[str, float]:
             if of.any():
                 by_type[f"{name}_{knowledge}"] = float(values[of].mean())
     return cells(by_type, corpus.train_types, corpus.test_types) | by_type
-
-
-def over(members: Sequence[Mapping[str, float]], statistic: Any) -> dict[str, float]:
-    """A statistic over members of each of their numbers."""
-    return {name: float(statistic([one[name] for one in members])) for name in members[0]}
 
 
 def frequent(corpus: Corpus) -> dict[str, float]:

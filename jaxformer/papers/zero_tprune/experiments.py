@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxformer.data.base import DeviceData
 from jaxformer.data.sources.shapes import Shapes, Standardized
-from jaxformer.evaluation.claims import Lab
+from jaxformer.evaluation.claims import Lab, over
 from jaxformer.evaluation.evaluators import MeanEvaluator
 from jaxformer.evaluation.report import figure
 from jaxformer.papers.zero_tprune.recipe import PrunedTask
@@ -45,7 +45,7 @@ def zero_shot(lab: Lab) -> Findings:
         found = {method: measured(share, method=method) for method in METHODS}
         seeds = range(SEEDS if share == 0.5 else 1)
         draws = [measured(share, method="random", seed=100 * seed) for seed in seeds]
-        found["random"] = {name: float(np.mean([d[name] for d in draws])) for name in draws[0]}
+        found["random"] = over(draws)
         rows += [{"tokens kept": share, "method": m, **row} for m, row in found.items()]
         if share == 0.5:
             half, by_seed = found, draws
