@@ -47,7 +47,8 @@ def get_config(preset: str) -> ConfigDict:
         config.environment.update({"kind": "bernoulli", "dimension": 5})
         config.data.update({"controllers": ("uniform", "thompson"), "shares": (0.5, 0.5)})
         config.data.labels = "dpt"
-        config.steps = 800  # after 400 its regret is 1.37 of Thompson sampling's
+        # After 800 its regret is 1.03, 1.41 and .97 of Thompson sampling's (seeds 0 to 2).
+        config.steps = 1600
     elif preset == "paper":
         config.environment.update({"actions": 10, "dimension": 5, "std": 1.5})
         config.model.update({"depth": 8, "positions": 804})
