@@ -1,4 +1,4 @@
-"""Blocks of small integers: the identities of BCT's card, on any data."""
+"""Blocks of small integers: the identities of BCT, on any data."""
 
 import dataclasses
 import functools

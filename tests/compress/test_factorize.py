@@ -1,4 +1,4 @@
-"""Sparse times dense factors, thin factors: the identities of DSFormer's card."""
+"""Sparse times dense factors, thin factors: the identities of DSFormer."""
 
 import itertools
 

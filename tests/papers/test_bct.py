@@ -1,4 +1,4 @@
-"""BCT: what the card's "Must hold (a)" and "(d)" state of the whole encoder."""
+"""BCT: identities that must hold, and errors that must be clear of the whole encoder."""
 
 import functools
 

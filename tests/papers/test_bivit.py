@@ -1,4 +1,4 @@
-"""BiViT: what the card's "Must hold (a)" and "(d)" state."""
+"""BiViT: identities that must hold, and errors that must be clear."""
 
 import dataclasses
 import functools

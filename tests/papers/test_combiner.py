@@ -1,4 +1,4 @@
-"""Combiner: what the card's "Must hold (a)" and "(d)" state."""
+"""Combiner: identities that must hold, and errors that must be clear."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""DSFormer: what the card's "Must hold (a)" and "(d)" state of layers in a model."""
+"""DSFormer: identities that must hold, and errors that must be clear of layers in a model."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Flowformer: what the card's "Must hold (a)" and "(d)" state."""
+"""Flowformer: identities that must hold, and errors that must be clear."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Graph search: what the card's "Must hold (a)" and "(d)" state."""
+"""Graph search: identities that must hold, and errors that must be clear."""
 
 import collections
 

@@ -1,4 +1,4 @@
-"""Grokked reasoning: what the card's "Must hold (a)" and "(d)" state."""
+"""Grokked reasoning: identities that must hold, and errors that must be clear."""
 
 import itertools
 import json

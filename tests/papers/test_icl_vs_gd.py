@@ -1,6 +1,6 @@
 """ICL against GD: the stream, its few-shot tasks, and the protocol on them and on files.
 
-What the card states of metrics, prompts and the constructed layer is in
+What must hold of metrics, prompts and the constructed layer is in
 `tests/evaluation/test_few_shot.py` and `tests/nn/test_descent.py`.
 """
 

@@ -1,4 +1,4 @@
-"""Key-driven GQA: what the card's "Must hold (a)" and "(d)" state."""
+"""Key-driven GQA: identities that must hold, and errors that must be clear."""
 
 import dataclasses
 import functools

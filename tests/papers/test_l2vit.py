@@ -1,4 +1,4 @@
-"""L2ViT: what the card's "Must hold (a)" and "(d)" state."""
+"""L2ViT: identities that must hold, and errors that must be clear."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,5 @@
-"""LEDiT: what the card's "Must hold (a)" and "(d)" state; of masks, samplers and processes the
-library's tests are `tests/nn/test_grid.py` and `tests/sampling/test_diffusion.py`.
+"""LEDiT: identities that must hold, and errors that must be clear; of masks, samplers and
+processes the library's tests are `tests/nn/test_grid.py` and `tests/sampling/test_diffusion.py`.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""NViT: what the card's "Must hold (a)" and "(d)" state."""
+"""NViT: identities that must hold, and errors that must be clear."""
 
 import dataclasses
 import itertools

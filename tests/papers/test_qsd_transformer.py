@@ -1,4 +1,4 @@
-"""QSD-Transformer: what the card's "Must hold (a)" and "(d)" state."""
+"""QSD-Transformer: identities that must hold, and errors that must be clear."""
 
 import dataclasses
 import functools

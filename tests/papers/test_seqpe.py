@@ -1,4 +1,4 @@
-"""SeqPE: what the card's "Must hold (a)" and "(d)" state."""
+"""SeqPE: identities that must hold, and errors that must be clear."""
 
 import dataclasses
 import functools

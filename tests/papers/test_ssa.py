@@ -1,4 +1,4 @@
-"""SSA: identities of the paper's card, draws, the phases and the ensemble."""
+"""SSA: identities of the paper, draws, the phases and the ensemble."""
 
 import jax
 import jax.numpy as jnp

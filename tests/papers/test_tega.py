@@ -1,4 +1,4 @@
-"""TEGA: what the card's "Must hold (a)" and "(d)" state."""
+"""TEGA: identities that must hold, and errors that must be clear."""
 
 import itertools
 import json

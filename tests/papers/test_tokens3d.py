@@ -1,4 +1,4 @@
-"""3DTRL: identities of the paper's card, its renderer, films and folders."""
+"""3DTRL: identities of the paper, its renderer, films and folders."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""URPE: what the card's "Must hold (a)" and "(d)" state."""
+"""URPE: identities that must hold, and errors that must be clear."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Zero-TPrune: what the card's "Must hold (a)" and "(d)" state."""
+"""Zero-TPrune: identities that must hold, and errors that must be clear."""
 
 import dataclasses
 
