@@ -23,7 +23,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "balanced": {},
     "naive": {"data__graphs": "naive", "data__lookahead": -1},
 }
-TRACED = 8  # searches of the largest look-ahead whose circuits are extracted
+TRACED = 24  # searches of the largest look-ahead whose circuits are extracted
 
 
 def searching(lab: Lab) -> Findings:
