@@ -188,7 +188,8 @@ CLAIMS = (
         "section 4, figure 6",
         "found_trained",
         "random weights",
-        at_least=0.75,
+        # .79 to 1.00 of three seeds; what 24 searches say is uncertain by .08 (random: .25 to .29).
+        at_least=0.6,
     ),
     claim(
         "Random weights merge one by chance alone (share of searches).",
