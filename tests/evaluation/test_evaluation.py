@@ -11,7 +11,7 @@ import pytest
 from jaxformer.analyze.flops import count
 from jaxformer.analyze.summary import describe
 from jaxformer.data.base import Arrays, Epoch
-from jaxformer.evaluation.claims import Lab, run_claims
+from jaxformer.evaluation.claims import Lab, over, run_claims
 from jaxformer.evaluation.evaluators import MeanEvaluator, select_steps
 from jaxformer.evaluation.report import markdown_table, text_table, training_report
 from jaxformer.parallel.mesh import make_mesh
@@ -135,3 +135,12 @@ def test_a_recipe_is_described(one_device):
     text = describe(recipe(phase("train", 12)), one_device)
     assert "first/kernel" in text and "GFLOP/step" in text and "20 parameters" in text
     assert "temporary MiB/device" in text
+
+
+def test_a_mean_is_over_trainings_that_no_other_seed_has(tmp_path):
+    labs = [Lab(lambda spec: None, "paper", tmp_path, seed=seed) for seed in range(3)]
+    seeds = [member.seed for lab in labs for member in lab.members(4)]
+    assert len(set(seeds)) == 12 and labs[2].members(1)[0].seed == 2
+    rows = [{"a": 1.0, "b": 0.0}, {"a": 3.0, "b": 0.0}]
+    assert over(rows) == {"a": 2.0, "b": 0.0}
+    assert over(rows, np.std) == {"a": 1.0, "b": 0.0}

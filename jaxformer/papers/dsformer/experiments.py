@@ -99,7 +99,7 @@ def reconstruction(lab: Lab) -> Findings:
 # ------------------------------------------------------------------------------------ the encoder
 
 METHODS = ("weight", "frozen", "svd")
-SEEDS = 6  # encoders; what one method gains on another differs from one to the next by .8
+SEEDS = 6  # encoders; what one method gains on another has a deviation of 1.1 over them
 # Half of the neutral pairs can only be told by whose attribute it is: there is more to learn than
 # in the default's entailment, most of which the attribute alone tells (1 - 1 / 48).
 TASK = {"data__near": 0.5}
